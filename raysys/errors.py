@@ -1,0 +1,97 @@
+"""The exceptions that raysys raises for its users. Our own bugs are `AssertionError`s.
+
+    RaysysError
+    ├── Terminal                      will fail again: change something first
+    │   ├── ConfigError               a config value is unknown, missing or out of bounds
+    │   ├── RootError                 the root cannot be reached, read or written as configured
+    │   ├── LedgerCorruptError        a record cannot be read
+    │   ├── EmptyPlanError            there is nothing new to train on
+    │   ├── PartitionChangedError     a consumed partition was rewritten, or got late files
+    │   ├── BudgetExhaustedError      the update would spend more privacy than is left
+    │   ├── DataError                 no usable rows, or a column of the wrong kind
+    │   ├── PrivacyError              a step would not have the guarantee that it reports
+    │   ├── ArtifactError             a version's file is missing or has another hash
+    │   ├── UnknownVersionError       no version of that name was committed
+    │   └── TransitionError           the rollout cannot go from this phase to that one
+    └── Transient                     may pass by itself: retry later
+        ├── LeaseHeldError            another updater is at work
+        ├── LeaseLostError            another updater took over after this one fell silent
+        └── StorageUnavailableError   the object store did not answer in time
+
+Every message names the value and says what to do. The jobs and the command line print it as one
+line and exit with 1 (`Terminal`) or 75 (`Transient`, EX_TEMPFAIL of sysexits.h).
+"""
+
+
+class RaysysError(Exception):
+    """Anything that raysys refuses or cannot do, with a one-line message for its user."""
+
+    exit_code = 1
+
+
+class Terminal(RaysysError):
+    """Fails again on a retry: input, config or state must change first."""
+
+
+class Transient(RaysysError):
+    """May succeed on a retry."""
+
+    exit_code = 75
+
+
+class ConfigError(Terminal, ValueError):
+    """A config value is unknown, missing or out of bounds."""
+
+
+class RootError(Terminal):
+    """The root cannot be reached, read or written as configured."""
+
+
+class LedgerCorruptError(Terminal):
+    """A ledger record cannot be read."""
+
+
+class EmptyPlanError(Terminal):
+    """There is nothing new to train on."""
+
+
+class PartitionChangedError(Terminal):
+    """A consumed partition was rewritten, or got late files."""
+
+
+class BudgetExhaustedError(Terminal):
+    """The update would spend more privacy than is left."""
+
+
+class DataError(Terminal, ValueError):
+    """No usable rows, or a column of the wrong kind."""
+
+
+class PrivacyError(Terminal):
+    """A step would not have the guarantee that it reports."""
+
+
+class ArtifactError(Terminal):
+    """A version's file is missing or has another hash than the ledger says."""
+
+
+class UnknownVersionError(Terminal, KeyError):
+    """No version of that name was committed."""
+
+    __str__ = Exception.__str__
+
+
+class TransitionError(Terminal):
+    """The rollout cannot go from its phase to the one asked for."""
+
+
+class LeaseHeldError(Transient):
+    """Another updater is at work."""
+
+
+class LeaseLostError(Transient):
+    """Another updater took over after this one fell silent."""
+
+
+class StorageUnavailableError(Transient):
+    """The object store did not answer in time."""

@@ -1,0 +1,20 @@
+"""Runs one update: `ray job submit -- python jobs/update.py --config shop.yaml`."""
+
+import sys
+
+import ray
+
+from raysys.config import Config
+from raysys.entry import run_job
+from raysys.update import run_update
+
+
+def update(config: Config) -> None:
+    """Connects to the cluster that the job was submitted to and updates the model once."""
+    ray.init(log_to_driver=True)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    run_update(config, on_progress=lambda line: print(f"[update] {line}", flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("Train on what is new and commit a version.", update))

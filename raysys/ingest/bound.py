@@ -1,0 +1,58 @@
+"""Bounds what one user can change: item counts of a period, and requests of an update.
+
+    clean events -> bounded_counts() -> (P, N) sums over users -> + Gaussian noise -> public
+
+A user adds at most 1 to each of at most `max_items` counts of a period, so leaving the user out
+moves the period's counts by at most sqrt(max_items) in L2 norm (`count_l2_sensitivity`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+
+def count_l2_sensitivity(max_items: int) -> float:
+    """Returns how far one user can move one period's counts, in L2 norm."""
+    return math.sqrt(max_items)
+
+
+def bounded_counts(
+    events: pl.DataFrame,
+    *,
+    num_periods: int,
+    num_items: int,
+    max_items: int,
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """Returns in how many users' bounded baskets each item is, (num_periods, num_items).
+
+    Args:
+      events: Columns `user`, `item` (index) and `period`, of any number of users.
+      max_items: Distinct items kept for each user and period, chosen at random.
+    """
+    distinct = events.select("user", "period", "item").unique(maintain_order=True)
+    kept = sample_per_group(distinct, ["user", "period"], max_items, rng)
+    counts = np.zeros((num_periods, num_items), np.float64)
+    np.add.at(counts, (kept["period"].to_numpy(), kept["item"].to_numpy()), 1.0)
+    return counts
+
+
+def sample_per_group(
+    frame: pl.DataFrame, keys: list[str], max_rows: int, rng: np.random.Generator
+) -> pl.DataFrame:
+    """Returns at most `max_rows` rows of each group, chosen uniformly."""
+    order = pl.Series("_order", rng.permutation(len(frame)))
+    shuffled = frame.with_columns(order).sort("_order").drop("_order")
+    return shuffled.group_by(keys, maintain_order=True).head(max_rows).select(frame.columns)
+
+
+def noise_counts(counts: NDArray[np.float64], std: float) -> NDArray[np.float64]:
+    """Returns counts with fresh Gaussian noise from the operating system's entropy.
+
+    The noise has no seed on purpose: who knows it can take it off again.
+    """
+    return counts + np.random.default_rng().normal(0.0, std, counts.shape)

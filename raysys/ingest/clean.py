@@ -1,0 +1,123 @@
+"""Reads partitions and keeps the rows that an update can use; the others go to quarantine.
+
+    events/dt=…/*.parquet -> read_events() -> (usable rows, refused rows with a reason)
+
+Usable rows: `user` (pseudonym), `item_id`, `ts` (UNIX seconds), `event_id`, `event_type`,
+`request_id` (the user and the time where the shop sent none), `query`.
+Pure Polars: Ray Data calls it once a partition, inside its tasks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+
+import polars as pl
+
+from raysys.errors import DataError
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.partitions.schema import EVENT_SCHEMA, EVENT_TYPES, REQUIRED_EVENT_COLUMNS
+
+CLEAN_COLUMNS = ["user", "item_id", "ts", "event_id", "event_type", "request_id", "query"]
+MAX_CLOCK_SKEW = datetime.timedelta(hours=14)
+"""Partitions may be cut by the shop's own time zone."""
+_DAY = datetime.timedelta(days=1)
+
+
+def read_parquet_file(data: bytes, path: str) -> pl.DataFrame:
+    """Parses one parquet file.
+
+    Raises:
+      DataError: It is not parquet, or cut off.
+    """
+    try:
+        return pl.read_parquet(io.BytesIO(data))
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not a readable parquet file: {reason}") from error
+
+
+def conform(frame: pl.DataFrame, path: str) -> pl.DataFrame:
+    """Returns the contract's columns with the contract's types; unknown columns stay behind.
+
+    A value that does not fit its column's type becomes null, so that the row is judged by it.
+
+    Raises:
+      DataError: A required column is missing.
+    """
+    missing = sorted(set(REQUIRED_EVENT_COLUMNS) - set(frame.columns))
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has {frame.columns}")
+    return frame.select(
+        _cast(frame, name, dtype) if name in frame.columns else pl.lit(None, dtype).alias(name)
+        for name, dtype in EVENT_SCHEMA.items()
+    )
+
+
+def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.Expr:
+    column, found = pl.col(name), frame.schema[name]
+    if isinstance(dtype, pl.Datetime) and isinstance(found, pl.Datetime):
+        aware = column if found.time_zone else column.dt.replace_time_zone("UTC")
+        return aware.cast(dtype).alias(name)
+    if isinstance(dtype, pl.Datetime) and found.is_numeric():
+        return (
+            (column.cast(pl.Float64, strict=False) * 1e6).cast(pl.Int64, strict=False).cast(dtype)
+        )
+    if isinstance(dtype, pl.Datetime) and found == pl.String:
+        return column.str.to_datetime(time_unit="us", time_zone="UTC", strict=False).alias(name)
+    return column.cast(dtype, strict=False)
+
+
+def clean_events(
+    frame: pl.DataFrame, pseudonymizer: Pseudonymizer, *, date: datetime.date
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Splits the conforming rows of one partition into usable ones and refused ones.
+
+    Args:
+      date: The partition's day. A row more than `MAX_CLOCK_SKEW` outside of it is refused, since
+        a wrong time would poison every decayed count.
+
+    Returns:
+      Usable rows (`CLEAN_COLUMNS`), and refused rows: `event_id`, `item_id`, `ts`, `event_type` and
+      `reason`, without the user, since quarantine is below the root like all else.
+    """
+    key_id = pseudonymizer.key_id
+    reasons = frame.with_columns(reason=_refusal(key_id, date))
+    refused = reasons.filter(pl.col("reason").is_not_null())
+    usable = reasons.filter(pl.col("reason").is_null())
+    pseudonyms = {user: pseudonymizer.pseudonym(user) for user in _raw_users(usable)}
+    usable = usable.with_columns(
+        user=pl.when(pl.col("user_key_id").is_null())
+        .then(pl.col("user_id").replace_strict(pseudonyms, default=None, return_dtype=pl.String))
+        .otherwise(pl.col("user_id")),
+        ts=pl.col("ts").dt.timestamp("us") / 1e6,
+    )
+    own_request = pl.concat_str("user", pl.col("ts").cast(pl.String), separator="@")
+    usable = usable.with_columns(request_id=pl.col("request_id").fill_null(own_request))
+    return (
+        usable.select(CLEAN_COLUMNS),
+        refused.select("event_id", "item_id", "ts", "event_type", "reason"),
+    )
+
+
+def _raw_users(frame: pl.DataFrame) -> list[str]:
+    return frame.filter(pl.col("user_key_id").is_null())["user_id"].unique().to_list()
+
+
+def _refusal(key_id: str, date: datetime.date) -> pl.Expr:
+    """The first reason for which a row cannot be used, null where there is none."""
+    midnight = datetime.datetime.combine(date, datetime.time(), datetime.UTC)
+    blank = {name: pl.col(name).fill_null("") == "" for name in ("event_id", "user_id", "item_id")}
+    return (
+        pl.when(blank["user_id"]).then(pl.lit("no user_id"))
+        .when(blank["item_id"]).then(pl.lit("no item_id"))
+        .when(blank["event_id"]).then(pl.lit("no event_id"))
+        .when(pl.col("ts").is_null()).then(pl.lit("no ts"))
+        .when(~pl.col("ts").is_between(midnight - MAX_CLOCK_SKEW, midnight + MAX_CLOCK_SKEW + _DAY))
+        .then(pl.lit("ts outside the partition's day"))
+        .when(~pl.col("event_type").fill_null("").is_in(list(EVENT_TYPES)))
+        .then(pl.lit("unknown event_type"))
+        .when(pl.col("user_key_id").fill_null(key_id) != key_id)
+        .then(pl.lit("pseudonym of another key"))
+        .otherwise(None)
+    )  # fmt: skip

@@ -1,0 +1,317 @@
+"""The Ray Data graph of one update: partitions in, user shards of examples out.
+
+    partitions --map--> clean rows split by user shard            (one task a partition)
+    shards ----map--> deduplicated outcomes, bounded item counts  (one task a shard)
+    sum over shards + noise -> released item statistics           (driver)
+    shards ----map--> examples, evaluation cases, new histories   (one task a shard)
+
+Work is laid out by partition, then by user shard, and Polars computes inside the tasks: Ray
+spreads and streams it and shuffles nothing (measured 25 times faster than a shuffle join). The
+split by shard goes through `staging/<update_id>/`. A retried task writes the same objects again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import ray
+from numpy.typing import NDArray
+
+from raysys.config import Config
+from raysys.errors import DataError
+from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
+from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file
+from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
+from raysys.ingest.features import DAY_S, ItemTable
+from raysys.ingest.pseudonym import Pseudonymizer, user_shard
+from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
+from raysys.ledger.records import FileRef, PartitionRef
+from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
+from raysys.partitions.schema import ITEM_SCHEMA
+from raysys.storage import Root
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class IngestJob:
+    """What the tasks of one update need to know. Travels into every task."""
+
+    root: Root
+    config: Config
+    update_id: str
+    base_state: str | None
+    partitions: tuple[PartitionRef, ...]
+    seed: int
+
+    def rng(self, *parts: int) -> np.random.Generator:
+        """Returns the generator of one task, the same at each retry."""
+        return np.random.default_rng([self.seed, *parts])
+
+    @property
+    def period_ends(self) -> list[float]:
+        """UNIX seconds at which the periods end whose item counts are released."""
+        return period_ends(self.partitions, self.config.ingest.period_days)
+
+    @property
+    def window_start(self) -> float:
+        """UNIX seconds at which the evaluation window begins."""
+        dates = [partition_date(p.key) for p in self.partitions]
+        window = datetime.timedelta(days=self.config.evaluate.window_days - 1)
+        first = max(min(dates), max(dates) - window)
+        return _midnight(first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ingested:
+    """What ingest left below `staging/`, `state/` and `quarantine/`, in numbers."""
+
+    num_rows: int
+    num_users: int
+    num_examples: int
+    row_counts: dict[str, int]
+    """Where every row went; the values add up to `num_rows`."""
+    quarantined_files: dict[str, str]
+    items: ItemTable
+    """The item statistics after the update."""
+    items_before: ItemTable
+    """What was public when the evaluation window began."""
+
+
+def ingest(job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
+    """Runs the graph.
+
+    Raises:
+      DataError: The catalogue is empty, or an item file is unreadable.
+    """
+    before = upsert(_base_items(job), read_items(job.root, item_files))
+    if before.catalogue.is_empty():
+        raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
+    item_ids = ray.put(before.catalogue["item_id"].to_list())
+    shards = [{"shard": shard} for shard in range(job.config.ingest.num_shards)]
+
+    cleaned = _map(job, _clean_partition, [{"index": i} for i in range(len(job.partitions))])
+    bounded = _map(job, functools.partial(_bound_shard, item_ids=item_ids), shards)
+    states = _release(job, before, sum(row["counts"] for row in bounded))
+    tables = [state.table() for state in states]
+    save_item_state(job.root, job.update_id, states[-1])
+    built = _map(job, functools.partial(_build_shard, tables=ray.put(tables)), shards)
+
+    row_counts = sum((Counter(row["row_counts"]) for row in [*cleaned, *bounded]), Counter[str]())
+    return Ingested(
+        num_rows=sum(row["num_rows"] for row in cleaned),
+        num_users=sum(row["num_users"] for row in built),
+        num_examples=sum(row["num_examples"] for row in built),
+        row_counts=dict(sorted(row_counts.items())),
+        quarantined_files={k: v for row in cleaned for k, v in row["bad_files"].items()},
+        items=tables[-1],
+        items_before=tables[_period_of(np.array([job.window_start]), job.period_ends)[0]],
+    )
+
+
+def read_items(root: Root, item_files: Iterable[FileRef]) -> pl.DataFrame:
+    """Reads catalogue upserts.
+
+    Raises:
+      DataError: A file is unreadable or lacks `item_id`.
+    """
+    frames = [pl.DataFrame(schema=ITEM_SCHEMA)]
+    for file in item_files:
+        frame = read_parquet_file(root.read_bytes(file.path), file.path)
+        if "item_id" not in frame.columns:
+            raise DataError(f"{file.path} has no column item_id; it has {frame.columns}")
+        frames.append(
+            frame.select(
+                pl.col(name).cast(dtype, strict=False)
+                if name in frame.columns
+                else pl.lit(None, dtype).alias(name)
+                for name, dtype in ITEM_SCHEMA.items()
+            )
+        )
+    epoch = pl.lit(datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), ITEM_SCHEMA["updated_at"])
+    rows = pl.concat(frames).filter(pl.col("item_id").fill_null("") != "")
+    return rows.with_columns(pl.col("updated_at").fill_null(epoch))
+
+
+def period_ends(partitions: Iterable[PartitionRef], period_days: int) -> list[float]:
+    """Returns where runs of `period_days` days end, from the first partition's day to the last's.
+
+    >>> days = [PartitionRef(key=f"events/dt=2017-03-{d:02}", files=()) for d in (1, 2, 9)]
+    >>> [end / 86400 for end in period_ends(days, 7)]
+    [17233.0, 17235.0]
+    """
+    dates = sorted(partition_date(p.key) for p in partitions)
+    num_days = (dates[-1] - dates[0]).days + 1
+    ends = range(period_days, num_days + period_days, period_days)
+    return [_midnight(dates[0]) + min(end, num_days) * DAY_S for end in ends]
+
+
+def _map(
+    job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[Any]
+) -> list[dict[str, Any]]:
+    """Runs `task` on each row as a Ray Data task of its own."""
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    return list(dataset.map(functools.partial(task, job=job), num_cpus=0.5).take_all())
+
+
+def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
+    partition = job.partitions[row["index"]]
+    date = partition_date(partition.key)
+    pseudonymizer = Pseudonymizer.from_file(job.config.pseudonyms.key_file)
+    usable, refused, bad_files = [], [], {}
+    for file in partition.files:
+        try:
+            frame = conform(read_parquet_file(job.root.read_bytes(file.path), file.path), file.path)
+        except DataError as error:
+            bad_files[file.path] = str(error)
+            continue
+        good, bad = clean_events(frame, pseudonymizer, date=date)
+        usable.append(good)
+        refused.append(bad.with_columns(path=pl.lit(file.path)))
+    num_refused = sum(map(len, refused))
+    if num_refused:
+        path = f"{quarantine(job.update_id)}/rows-{date.isoformat()}.parquet"
+        job.root.put(path, _parquet(pl.concat(refused)))
+    if usable:
+        _write_shards(job, pl.concat(usable), row["index"])
+    return {
+        "num_rows": num_refused + sum(map(len, usable)),
+        "row_counts": {"quarantined": num_refused},
+        "bad_files": bad_files,
+    }
+
+
+def _write_shards(job: IngestJob, rows: pl.DataFrame, index: int) -> None:
+    sharded = rows.with_columns(_shard=user_shard(job.config.ingest.num_shards))
+    for (shard,), part in sharded.group_by("_shard"):
+        path = f"{_shard_folder(job, int(str(shard)), 'clean')}/{index:06}.parquet"
+        job.root.put(path, _parquet(part.drop("_shard")))
+
+
+def _bound_shard(
+    row: dict[str, Any], job: IngestJob, item_ids: ray.ObjectRef[list[str]]
+) -> dict[str, Any]:
+    shard, ends, ids = row["shard"], job.period_ends, ray.get(item_ids)
+    rows = _read_frames(job.root, _shard_folder(job, shard, "clean"), _CLEAN_SCHEMA)
+    distinct = rows.unique("event_id", keep="first", maintain_order=True)
+    index = pl.DataFrame({"item_id": ids}, schema={"item_id": pl.String}).with_row_index("item")
+    known = distinct.join(index, on="item_id", how="inner", maintain_order="left")
+    gains = job.config.ingest.gains
+    outcomes = known.filter(pl.col("event_type").is_in(list(gains))).with_columns(
+        gain=pl.col("event_type").replace_strict(gains, default=0.0, return_dtype=pl.Float64)
+    )
+    outcomes = outcomes.with_columns(
+        pl.Series("period", _period_of(outcomes["ts"].to_numpy(), ends)),
+        weight=pl.col("gain") / max(gains.values()),
+    )
+    job.root.put(f"{_shard_folder(job, shard, 'outcomes')}/all.parquet", _parquet(outcomes))
+    counts = bounded_counts(
+        outcomes,
+        num_periods=len(ends),
+        num_items=len(ids),
+        max_items=job.config.ingest.max_items_per_user_period,
+        rng=job.rng(1, shard),
+    )
+    row_counts = {
+        "duplicate": len(rows) - len(distinct),
+        "unknown_item": len(distinct) - len(known),
+        "impression": len(known) - len(outcomes),
+        "outcome": len(outcomes),
+    }
+    return {"counts": counts, "row_counts": row_counts}
+
+
+def _release(job: IngestJob, before: ItemState, counts: NDArray[np.float64]) -> list[ItemState]:
+    """Noises the counts once and folds them into the item statistics."""
+    std, privacy = 0.0, job.config.privacy
+    if privacy.enabled:
+        sensitivity = count_l2_sensitivity(job.config.ingest.max_items_per_user_period)
+        std = privacy.count_noise_multiplier * sensitivity
+        counts = noise_counts(counts, std)
+    return release(before, counts, job.period_ends, noise_std=std)
+
+
+def _build_shard(
+    row: dict[str, Any], job: IngestJob, tables: ray.ObjectRef[list[ItemTable]]
+) -> dict[str, Any]:
+    shard, num_shards = row["shard"], job.config.ingest.num_shards
+    outcomes = _read_frames(job.root, _shard_folder(job, shard, "outcomes"), {})
+    histories = pl.DataFrame(schema=HISTORY_SCHEMA)
+    as_of = 0.0
+    if job.base_state is not None:
+        histories = load_histories(job.root, job.base_state).filter(user_shard(num_shards) == shard)
+        as_of = load_item_state(job.root, job.base_state).as_of
+    held: list[ItemTable] = ray.get(tables)
+    result = build_shard(
+        outcomes,
+        histories,
+        histories_as_of=as_of,
+        tables=held,
+        window_start=job.window_start,
+        config=job.config.ingest,
+        rng=job.rng(2, shard),
+    )
+    job.root.put(examples_path(job.update_id, shard), result.examples.to_bytes())
+    job.root.put(cases_path(job.update_id, shard), _parquet(result.cases))
+    job.root.put(histories_path(job.update_id, shard), _parquet(result.histories))
+    return {"num_users": result.num_users, "num_examples": len(result.examples.user)}
+
+
+def examples_path(update_id: str, shard: int) -> str:
+    """Where a shard's training examples are while the update is at work."""
+    return f"{staging(update_id)}/examples/{shard:04}.arrow"
+
+
+def cases_path(update_id: str, shard: int) -> str:
+    """Where a shard's evaluation cases are while the update is at work."""
+    return f"{staging(update_id)}/cases/{shard:04}.parquet"
+
+
+def histories_path(update_id: str, shard: int) -> str:
+    """Where a shard's user histories are kept after the update."""
+    return f"{state_folder(update_id)}/histories/{shard:04}.parquet"
+
+
+def load_histories(root: Root, update_id: str) -> pl.DataFrame:
+    """Reads the histories of all users, HISTORY_SCHEMA, sorted by user and item."""
+    folder = f"{state_folder(update_id)}/histories"
+    return _read_frames(root, folder, HISTORY_SCHEMA).sort("user", "item")
+
+
+_CLEAN_SCHEMA = {name: pl.Float64() if name == "ts" else pl.String() for name in CLEAN_COLUMNS}
+
+
+def _base_items(job: IngestJob) -> ItemState:
+    if job.base_state is None:
+        return ItemState.empty(job.config.ingest.half_life_days * DAY_S)
+    return load_item_state(job.root, job.base_state)
+
+
+def _period_of(ts: NDArray[np.float64], ends: list[float]) -> NDArray[np.int64]:
+    return np.searchsorted(np.array(ends[:-1]), ts, side="right").astype(np.int64)
+
+
+def _shard_folder(job: IngestJob, shard: int, stage: str) -> str:
+    return f"{staging(job.update_id)}/{stage}/{shard:04}"
+
+
+def _read_frames(root: Root, folder: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    files = root.list(folder)
+    frames = [pl.read_parquet(io.BytesIO(root.read_bytes(file.path))) for file in files]
+    return pl.concat([pl.DataFrame(schema=schema), *frames] if schema else frames)
+
+
+def _parquet(frame: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _midnight(date: datetime.date) -> float:
+    return datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp()

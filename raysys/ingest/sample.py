@@ -1,0 +1,89 @@
+"""Candidates of a training example: the positives, and negatives from three public-or-own sources.
+
+    own history (uniform) + noised popularity ** 0.75 + uniform -> candidates, log Q for each
+
+Popularity is the noised, released one and history is the user's own, so no other user's behaviour
+enters an example except through what is already paid for. `log_q` is the log of the expected
+number of times that an item is drawn: the loss subtracts it, which makes the softmax over sampled
+negatives an estimate of the one over the catalogue (Yi et al. 2019, RecSys).
+
+Shape suffixes: K = candidates, N = items of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysys.config import IngestConfig
+from raysys.ingest.features import FloatArray, IndexArray
+
+POPULARITY_POWER = 0.75
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NegativeSampler:
+    """Draws negatives under one released popularity."""
+
+    probability: NDArray[np.float64]
+    """(N,) of the popularity draw; uniform where no popularity is known yet."""
+    cumulative: NDArray[np.float64]
+    config: IngestConfig
+
+    @classmethod
+    def from_popularity(cls, popularity: FloatArray, config: IngestConfig) -> NegativeSampler:
+        """Builds the sampler for one released popularity, (N,), never negative."""
+        weight = popularity.astype(np.float64) ** POPULARITY_POWER
+        if weight.sum() == 0:
+            weight = np.ones_like(weight)
+        probability = weight / weight.sum()
+        return cls(probability=probability, cumulative=np.cumsum(probability), config=config)
+
+    def candidates(
+        self,
+        positives: IndexArray,
+        also_chosen: IndexArray,
+        history_items: IndexArray,
+        rng: np.random.Generator,
+    ) -> tuple[IndexArray, FloatArray]:
+        """Returns distinct candidates, the positives first, and `log_q` of each, both (K,).
+
+        Args:
+          positives: Items of the request that are positives of the example.
+          also_chosen: Every item with an outcome in the request: none of them is a negative.
+          history_items: Distinct items of the user's history.
+        """
+        config, num_items = self.config, len(self.probability)
+        own = rng.permutation(history_items)[: config.num_history_negatives]
+        draws = rng.random(config.num_popularity_negatives)
+        popular = np.minimum(np.searchsorted(self.cumulative, draws), num_items - 1)
+        uniform = rng.integers(num_items, size=config.num_uniform_negatives)
+        drawn = np.unique(np.concatenate([own, popular, uniform]).astype(np.int32))
+        negatives = np.setdiff1d(drawn, also_chosen)
+        candidates = np.concatenate([positives, negatives]).astype(np.int32)
+        return candidates, self._log_q(candidates, history_items)
+
+    def _log_q(self, candidates: IndexArray, history_items: IndexArray) -> FloatArray:
+        config, num_items = self.config, len(self.probability)
+        expected = config.num_popularity_negatives * self.probability[candidates]
+        expected += config.num_uniform_negatives / num_items
+        share = min(1.0, config.num_history_negatives / max(len(history_items), 1))
+        expected += np.isin(candidates, history_items) * share
+        return np.log(np.minimum(expected, 1.0)).astype(np.float32)
+
+    @property
+    def max_candidates(self) -> int:
+        """Most candidates that an example can have."""
+        return max_candidates(self.config)
+
+
+def max_candidates(config: IngestConfig) -> int:
+    """Returns K, the width to which every example is padded."""
+    return (
+        config.max_positives
+        + config.num_history_negatives
+        + config.num_popularity_negatives
+        + config.num_uniform_negatives
+    )

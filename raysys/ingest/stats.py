@@ -1,0 +1,167 @@
+"""The catalogue and its item statistics: state that is carried from update to update.
+
+    items/dt=… + the base state -> upsert() -> + noised period counts -> release() -> ItemTable
+
+Item counts come from users, so only noised counts ever enter the state: `release` is
+post-processing of them and costs no privacy. An item's index is its place in the catalogue, and
+the catalogue only grows, so histories and embeddings of older versions stay valid.
+
+Shape suffixes: N = items of the catalogue, P = periods of one update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from raysys.ingest.features import ItemTable
+from raysys.partitions.layout import state_folder
+from raysys.partitions.schema import ITEM_SCHEMA
+from raysys.storage import Root
+
+TEXT_COLUMNS = ("title", "category", "brand")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ItemState:
+    """The catalogue and its noised statistics as of one moment."""
+
+    catalogue: pl.DataFrame
+    """ITEM_SCHEMA columns, in the order of the item indexes."""
+    popularity: NDArray[np.float64]
+    """(N,) decayed sum of noised period counts; may be negative."""
+    popularity_std: float
+    """Standard deviation of the noise in `popularity`, 0 where nothing was noised."""
+    recent: NDArray[np.float64]
+    """(N,) noised counts of the newest period."""
+    recent_std: float
+    num_periods: float
+    """Decayed number of periods in `popularity`."""
+    as_of: float
+    half_life_s: float
+
+    @classmethod
+    def empty(cls, half_life_s: float) -> ItemState:
+        """The state before the first update."""
+        none = np.zeros(0, np.float64)
+        return cls(
+            catalogue=pl.DataFrame(schema=ITEM_SCHEMA), popularity=none, popularity_std=0.0,
+            recent=none, recent_std=0.0, num_periods=0.0, as_of=0.0, half_life_s=half_life_s,
+        )  # fmt: skip
+
+    def table(self) -> ItemTable:
+        """Returns what the features read. Counts within one noise deviation of zero are zero."""
+        average = self.popularity / max(self.num_periods, 1.0)
+        prior = self.recent_std + 1.0
+        ratio = (np.maximum(self.recent, 0) + prior) / (np.maximum(average, 0) + prior)
+        frame = self.catalogue
+        return ItemTable(
+            ids=frame["item_id"].to_list(),
+            texts=item_texts(frame),
+            category=_codes(frame["category"]),
+            brand=_codes(frame["brand"]),
+            price=frame["price"].fill_null(float("nan")).to_numpy().astype(np.float32),
+            popularity=np.maximum(self.popularity - self.popularity_std, 0).astype(np.float32),
+            trend=np.clip(np.log(ratio), -1, 1).astype(np.float32),
+            as_of=self.as_of,
+            half_life_s=self.half_life_s,
+        )
+
+
+def item_texts(catalogue: pl.DataFrame) -> list[str]:
+    """Returns what the encoder reads of each item: title, category and brand."""
+    parts = [pl.col(name).fill_null("") for name in TEXT_COLUMNS]
+    joined = pl.concat_str(*parts, separator=", ").str.strip_chars(", ")
+    return catalogue.select(text=joined)["text"].to_list()
+
+
+def upsert(state: ItemState, upserts: pl.DataFrame) -> ItemState:
+    """Returns the state with the catalogue's changed items replaced and its new ones appended."""
+    newest = upserts.sort("updated_at", "item_id").unique("item_id", keep="last")
+    known = state.catalogue.select("item_id")
+    changed = known.join(newest, on="item_id", how="left", maintain_order="left")
+    same = changed["updated_at"].is_null()
+    kept = state.catalogue.filter(same).with_columns(place=same.arg_true())
+    replaced = changed.filter(~same).with_columns(place=(~same).arg_true())
+    columns = list(ITEM_SCHEMA)
+    old = pl.concat([kept, replaced.select(*columns, "place")]).sort("place").select(columns)
+    new = newest.join(known, on="item_id", how="anti").sort("item_id").select(columns)
+    pad = np.zeros(len(new), np.float64)
+    return dataclasses.replace(
+        state,
+        catalogue=pl.concat([old, new]),
+        popularity=np.concatenate([state.popularity, pad]),
+        recent=np.concatenate([state.recent, pad]),
+    )
+
+
+def release(
+    state: ItemState, noised_counts: NDArray[np.float64], ends: Sequence[float], *, noise_std: float
+) -> list[ItemState]:
+    """Folds noised period counts into the statistics.
+
+    Args:
+      noised_counts: (P, N) counts of each period, already noised.
+      ends: (P,) UNIX seconds at which the periods end, ascending.
+      noise_std: Standard deviation of the noise in each count.
+
+    Returns:
+      P + 1 states: what was public when each period began, and last what is public after all.
+    """
+    states = [state]
+    for counts, end in zip(noised_counts, ends, strict=True):
+        last = states[-1]
+        as_of = max(last.as_of, end)
+        decay = float(np.exp2(-(as_of - last.as_of) / state.half_life_s))
+        states.append(
+            dataclasses.replace(
+                last,
+                popularity=last.popularity * decay + counts,
+                popularity_std=float(np.hypot(last.popularity_std * decay, noise_std)),
+                recent=counts,
+                recent_std=noise_std,
+                num_periods=last.num_periods * decay + 1,
+                as_of=as_of,
+            )
+        )
+    return states
+
+
+def save_item_state(root: Root, update_id: str, state: ItemState) -> None:
+    """Writes the state's two files below `state/<update_id>/`."""
+    frame = state.catalogue.with_columns(
+        popularity=pl.Series(state.popularity), recent=pl.Series(state.recent)
+    )
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    root.put(f"{state_folder(update_id)}/items.parquet", buffer.getvalue())
+    scalars = {name: getattr(state, name) for name in _SCALARS}
+    root.put(f"{state_folder(update_id)}/items.json", json.dumps(scalars, sort_keys=True).encode())
+
+
+def load_item_state(root: Root, update_id: str) -> ItemState:
+    """Reads what `save_item_state` wrote."""
+    frame = pl.read_parquet(io.BytesIO(root.read_bytes(f"{state_folder(update_id)}/items.parquet")))
+    scalars: dict[str, Any] = json.loads(root.read_bytes(f"{state_folder(update_id)}/items.json"))
+    return ItemState(
+        catalogue=frame.select(list(ITEM_SCHEMA)),
+        popularity=frame["popularity"].to_numpy(),
+        recent=frame["recent"].to_numpy(),
+        **scalars,
+    )
+
+
+_SCALARS = ("popularity_std", "recent_std", "num_periods", "as_of", "half_life_s")
+
+
+def _codes(column: pl.Series) -> NDArray[np.int32]:
+    known = column.unique(maintain_order=True).drop_nulls().to_list()
+    codes = {value: code for code, value in enumerate(known)}
+    return np.array([codes.get(value, -1) for value in column.to_list()], np.int32)

@@ -1,0 +1,42 @@
+"""Encodes catalogue texts that no update has encoded yet, as Ray Data tasks.
+
+    texts - cached texts --map--> cache/activations/…
+
+The cache is named by its content, so what a killed update encoded is there for the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import ray
+
+from raysys.config import ModelConfig
+from raysys.model.encoder import TextEncoder, cache_folder, cached_texts, store_cached
+from raysys.storage import Root
+
+TEXTS_A_TASK = 1024
+
+
+def encode_new_texts(root: Root, config: ModelConfig, texts: list[str]) -> int:
+    """Caches the activations of the texts that are not cached yet; returns how many there were."""
+    folder = cache_folder(config.encoder, config.max_tokens)
+    new = sorted(set(texts) - cached_texts(root, folder))
+    if not new:
+        return 0
+    rows = [{"texts": new[i : i + TEXTS_A_TASK]} for i in range(0, len(new), TEXTS_A_TASK)]
+    encode = functools.partial(_encode, root=root, config=config, folder=folder)
+    ray.data.from_items(rows, override_num_blocks=len(rows)).map(encode, num_cpus=1).take_all()
+    return len(new)
+
+
+def _encode(row: dict[str, Any], root: Root, config: ModelConfig, folder: str) -> dict[str, Any]:
+    encoder = _encoder(config.encoder, config.max_tokens)
+    store_cached(root, folder, encoder.activations(list(row["texts"])))
+    return {"num_texts": len(row["texts"])}
+
+
+@functools.cache
+def _encoder(name: str, max_tokens: int) -> TextEncoder:
+    return TextEncoder(name, max_tokens)

@@ -1,0 +1,98 @@
+"""The trainable ranker: LoRA in the encoder's last layer, and the hybrid head.
+
+    TokenActivations -> TextTower (LoRA) -> similarities + features -> HeadModule -> scores
+
+Everything trainable goes through `per_user_linear`, so one backward pass yields per-user
+gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors come
+from the frozen previous version, which keeps their cost out of the step.
+
+Shape suffixes: U = users, R = requests of a user, K = candidates, F = features, d = width of the
+encoder, I = inputs of the head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from raysys.ingest.features import NUM_FEATURES
+from raysys.model.scorer import NUM_INPUTS, Head
+from raysys.model.text_tower import TextTower
+from raysys.privacy.clipping import per_user_linear
+
+
+class HeadModule(torch.nn.Module):
+    """The trainable form of `scorer.Head`."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        for name in ("first", "second", "last", "skip"):
+            weight = torch.tensor(np.array(head.weights[f"{name}.weight"]))
+            linear = torch.nn.Linear(
+                weight.shape[1], weight.shape[0], f"{name}.bias" in head.weights
+            )
+            linear.weight.data = weight
+            if linear.bias is not None:
+                linear.bias.data = torch.tensor(np.array(head.weights[f"{name}.bias"]))
+            self.add_module(name, linear)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns scores (U, ...) for inputs (U, ..., I), user first."""
+        hidden = inputs
+        for name in ("first", "second"):
+            hidden = torch.relu(self._linear(name, hidden))
+        return (self._linear("last", hidden) + self._linear("skip", inputs))[..., 0]
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        linear = self.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        return per_user_linear(x, linear.weight, linear.bias)
+
+    def head(self) -> Head:
+        """Returns a NumPy copy."""
+        state = self.state_dict()
+        return Head(weights={name: value.numpy().copy() for name, value in state.items()})
+
+
+class RankerModule(torch.nn.Module):
+    """Scores the candidates of users' requests."""
+
+    def __init__(self, tower: TextTower, head: HeadModule) -> None:
+        super().__init__()
+        self.tower, self.head = tower, head
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        text_index: torch.Tensor,
+        history_text: torch.Tensor,
+        query_text: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns scores (U, R, K).
+
+        Args:
+          features: (U, R, K, F).
+          text_index: (U, R, K).
+          history_text: (U, R, d), zero where there is no history.
+          query_text: (U, R, d), zero where there is no query.
+        """
+        text = self.tower(text_index)
+        by_history = torch.einsum("urkd,urd->urk", text, history_text)
+        by_query = torch.einsum("urkd,urd->urk", text, query_text)
+        has_query = (query_text.abs().sum(-1) > 0).to(features.dtype)
+        inputs = torch.cat(
+            [
+                features,
+                by_history[..., None],
+                by_query[..., None],
+                has_query[..., None, None].expand(*text_index.shape, 1),
+            ],
+            dim=-1,
+        )
+        assert inputs.shape[-1] == NUM_INPUTS and features.shape[-1] == NUM_FEATURES
+        scores: torch.Tensor = self.head(inputs)
+        return scores
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Returns the parameters that training changes, by name."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]

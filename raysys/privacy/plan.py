@@ -1,0 +1,77 @@
+"""One frozen object from which sampler, noise and accounting of an update are all built.
+
+    PrivacyPlan.for_update(config, …) -> .spend (reserved in the ledger)
+                                      -> .sampler(num_users), .optimizer(…) (on each worker)
+
+Sampler and accountant cannot disagree, because neither gets its numbers from anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from opacus.optimizers import DistributedDPOptimizer
+
+from raysys.config import PrivacyConfig
+from raysys.ledger.records import PrivacySpend
+from raysys.privacy.sampling import PoissonSampler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyPlan:
+    """The mechanisms of one update."""
+
+    enabled: bool
+    spend: PrivacySpend
+    l2_clip_norm: float
+    expected_batch_users: int
+
+    @classmethod
+    def for_update(
+        cls, config: PrivacyConfig, *, num_steps: int, num_count_releases: int
+    ) -> PrivacyPlan:
+        """Plans an update from the config and from what is known before any data is read."""
+        return cls(
+            enabled=config.enabled,
+            spend=PrivacySpend(
+                num_steps=num_steps,
+                sampling_prob=config.sampling_prob,
+                noise_multiplier=config.noise_multiplier,
+                num_count_releases=num_count_releases,
+                count_noise_multiplier=config.count_noise_multiplier,
+            ),
+            l2_clip_norm=config.l2_clip_norm,
+            expected_batch_users=config.expected_batch_users,
+        )
+
+    @property
+    def reserved(self) -> PrivacySpend | None:
+        """What the ledger is charged, None without privacy."""
+        return self.spend if self.enabled else None
+
+    def sampler(self, num_users: int) -> PoissonSampler:
+        """Returns the sampler of a worker that holds `num_users` users."""
+        return PoissonSampler(
+            num_users=num_users,
+            num_steps=self.spend.num_steps,
+            sampling_prob=self.spend.sampling_prob,
+        )
+
+    def optimizer(
+        self, inner: torch.optim.Optimizer, *, num_workers: int
+    ) -> DistributedDPOptimizer:
+        """Wraps an optimizer: clips each user, sums over workers, adds noise once.
+
+        Needs an initialised `torch.distributed` group. Opacus divides the sum by the number of
+        workers as well, hence the share of the fixed normaliser. Without privacy nothing is
+        clipped and no noise is added; sampling and normaliser stay the same.
+        """
+        return DistributedDPOptimizer(
+            inner,
+            noise_multiplier=self.spend.noise_multiplier if self.enabled else 0.0,
+            max_grad_norm=self.l2_clip_norm if self.enabled else math.inf,
+            expected_batch_size=self.expected_batch_users / num_workers,
+            loss_reduction="mean",
+        )

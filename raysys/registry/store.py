@@ -1,0 +1,306 @@
+"""Writes versions and loads them again, with every hash checked.
+
+    TrainOutput's weights -> publish() -> versions/<version>/… + {path: sha256}
+    UpdateCommitted -> load_version() -> LoadedVersion -> score()
+
+`LoadedVersion` is what a replica ranks with. Versions share the frozen encoder of their process and
+differ by a head, one encoder matrix and an embedding for each text.
+
+Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from raysys.errors import ArtifactError
+from raysys.ingest.examples import NUM_ATTENDED, history_slices
+from raysys.ingest.features import FloatArray, IndexArray, ItemTable, UserHistory, features
+from raysys.ingest.pipeline import load_histories
+from raysys.ingest.stats import load_item_state
+from raysys.ledger.records import UpdateCommitted
+from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256
+from raysys.model.scorer import Head, head_inputs, pool_history
+from raysys.partitions.layout import state_folder
+from raysys.registry.version import Manifest, version_path
+from raysys.storage import Root
+
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of a golden score: matrix kernels differ a little between processors."""
+NUM_GOLDEN_CANDIDATES = 50
+MAX_CACHED_QUERIES = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class VersionWeights:
+    """What a version adds to its encoder and its state."""
+
+    head: Head
+    adapted_weight: FloatArray
+    """(d, h) the encoder's output projection with all deltas merged."""
+    texts: list[str]
+    text: FloatArray
+    """(M, d) normalised embeddings of `texts`."""
+
+
+class LoadedVersion:
+    """A version in memory. Threads may share it."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: VersionWeights,
+        items: ItemTable,
+        histories: Mapping[str, UserHistory],
+        golden: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        self.name = manifest.version
+        self.manifest = manifest
+        self.items = items
+        self.golden = golden
+        self._weights = weights
+        self._histories = histories
+        place = {text: i for i, text in enumerate(weights.texts)}
+        self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
+        self._queries: OrderedDict[str, FloatArray] = OrderedDict()
+
+    def history(self, user: str) -> UserHistory:
+        """Returns the history of a pseudonym, an empty one if it is unknown."""
+        return self._histories.get(user) or UserHistory.empty()
+
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory:
+        """Returns the history that a request brings along: its items, all as of now."""
+        items = self.items.indexes_of(item_ids)
+        return UserHistory.empty().extend(
+            items,
+            np.full(len(items), now),
+            np.ones(len(items)),
+            as_of=now,
+            half_life_s=self.items.half_life_s,
+        )
+
+    def knows_query(self, query: str) -> bool:
+        """Whether `score` needs no encoder for this query."""
+        return query in self._queries
+
+    def score(
+        self, history: UserHistory, candidates: IndexArray, *, now: float, query: str | None
+    ) -> FloatArray:
+        """Returns the score of each candidate, (K,); higher is better.
+
+        Args:
+          candidates: (K,) indexes into `items`.
+          now: UNIX seconds of the request.
+          query: Text of a search. One that is not cached yet runs the encoder (tens of ms).
+        """
+        text = self._weights.text[self._text_of_item[candidates]]
+        attended, attention = history.attention(NUM_ATTENDED)
+        pooled = pool_history(self._weights.text[self._text_of_item[attended]], attention)
+        inputs = head_inputs(
+            features(history, self.items, candidates, now=now),
+            None if pooled is None else text @ pooled,
+            text @ self._embed_query(query) if query else None,
+        )
+        return self._weights.head.score(inputs)
+
+    def check_golden(self) -> None:
+        """Scores the requests that were recorded at training.
+
+        Raises:
+          ArtifactError: There are none, or a score is not finite or not the recorded one.
+        """
+        if not self.golden:
+            raise ArtifactError(f"version {self.name} has no golden requests")
+        for request in self.golden:
+            expected = np.array(request["scores"], np.float32)
+            got = self._golden_scores(request)
+            # Written so that a NaN fails.
+            if not np.all(np.abs(got - expected) <= GOLDEN_TOLERANCE):
+                worst = float(np.max(np.abs(got - expected)))
+                raise ArtifactError(
+                    f"version {self.name} scores a golden request {worst:.4f} away from what "
+                    f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
+                )
+
+    def record_golden(self) -> list[dict[str, object]]:
+        """Returns golden requests. Made of items alone: no user is in them."""
+        ids = self.items.ids
+        step = max(len(ids) // NUM_GOLDEN_CANDIDATES, 1)
+        some = ids[::step][:NUM_GOLDEN_CANDIDATES]
+        queries = [None, self.items.texts[0]]
+        requests = [
+            {
+                "history": some[i : i + 3],
+                "candidates": some,
+                "now": self.items.as_of,
+                "query": query,
+            }
+            for i, query in enumerate(queries)
+        ]
+        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+
+    def _golden_scores(self, request: Mapping[str, object]) -> FloatArray:
+        now, history, candidates = request["now"], request["history"], request["candidates"]
+        query = request["query"]
+        assert isinstance(now, float) and isinstance(history, list) and isinstance(candidates, list)
+        assert query is None or isinstance(query, str)
+        return self.score(
+            self.history_of(history, now), self.items.indexes_of(candidates), now=now, query=query
+        )
+
+    def _embed_query(self, query: str) -> FloatArray:
+        cached = self._queries.get(query)
+        if cached is None:
+            encoder = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
+            cached = encoder.embed([query], self._weights.adapted_weight)[0]
+            self._queries[query] = cached
+            while len(self._queries) > MAX_CACHED_QUERIES:
+                self._queries.popitem(last=False)
+        return cached
+
+
+@functools.cache
+def shared_encoder(name: str, max_tokens: int) -> TextEncoder:
+    """Returns the process's one copy of an encoder, which all its versions share."""
+    return TextEncoder(name, max_tokens)
+
+
+def publish(
+    root: Root,
+    manifest: Manifest,
+    weights: VersionWeights,
+    *,
+    adapter: Mapping[str, bytes],
+    report: str,
+) -> dict[str, str]:
+    """Writes a version's folder and returns {path: sha256} of it and of its state.
+
+    The folder counts as a version only once a commit record names it.
+    """
+    buffer = io.BytesIO()
+    pl.DataFrame({"text": weights.texts, "embedding": weights.text.tolist()}).with_columns(
+        pl.col("embedding").cast(pl.List(pl.Float32))
+    ).write_parquet(buffer)
+    files = {
+        "manifest.json": manifest.to_bytes(),
+        "head.safetensors": save_tensors(
+            {name: np.ascontiguousarray(value) for name, value in weights.head.weights.items()}
+        ),
+        "encoder.safetensors": save_tensors(
+            {"weight": np.ascontiguousarray(weights.adapted_weight)}
+        ),
+        "texts.parquet": buffer.getvalue(),
+        "report.md": report.encode(),
+        **{f"adapter/{name}": data for name, data in adapter.items()},
+    }
+    for name, data in files.items():
+        root.put(version_path(manifest.version, name), data)
+    loaded = _assemble(root, manifest, weights)
+    golden = json.dumps(loaded.record_golden(), sort_keys=True).encode()
+    root.put(version_path(manifest.version, "golden.json"), golden)
+    paths = [version_path(manifest.version, name) for name in (*files, "golden.json")]
+    return hash_files(root, paths) | hash_state(root, manifest.state)
+
+
+def hash_state(root: Root, update_id: str) -> dict[str, str]:
+    """Returns {path: sha256} of everything below `state/<update_id>/`."""
+    return hash_files(root, (file.path for file in root.list(state_folder(update_id))))
+
+
+def hash_files(root: Root, paths: Iterable[str]) -> dict[str, str]:
+    """Returns {path: sha256} of what is stored, not of what was meant to be."""
+    return {path: hashlib.sha256(root.read_bytes(path)).hexdigest() for path in sorted(paths)}
+
+
+def load_weights(root: Root, record: UpdateCommitted) -> tuple[Manifest, VersionWeights]:
+    """Reads a committed version's manifest and weights.
+
+    Raises:
+      ArtifactError: A file is missing or is not the one that was committed, or this process has
+        another encoder than the version was trained on.
+    """
+    version = record.version
+    assert version is not None, "a held update has no version"
+
+    def read(name: str) -> bytes:
+        path = version_path(version, name)
+        return read_checked(root, path, record.artifacts.get(path, "none"))
+
+    manifest = Manifest.from_bytes(read("manifest.json"))
+    found = weights_sha256(resolve_encoder(manifest.encoder))
+    if found != manifest.encoder_sha256:
+        raise ArtifactError(
+            f"version {version} was trained on encoder {manifest.encoder_sha256[:12]}, "
+            f"{manifest.encoder} here is {found[:12]}; install the same encoder"
+        )
+    texts = pl.read_parquet(io.BytesIO(read("texts.parquet")))
+    width = len(texts["embedding"][0])
+    return manifest, VersionWeights(
+        head=Head(weights=load_tensors(read("head.safetensors"))),
+        adapted_weight=load_tensors(read("encoder.safetensors"))["weight"],
+        texts=texts["text"].to_list(),
+        text=texts["embedding"].list.to_array(width).to_numpy(),
+    )
+
+
+def load_version(root: Root, record: UpdateCommitted) -> LoadedVersion:
+    """Loads a committed version for serving, after checking every file against the ledger.
+
+    Raises:
+      ArtifactError: As `load_weights`.
+    """
+    for path, expected in record.artifacts.items():
+        read_checked(root, path, expected)
+    manifest, weights = load_weights(root, record)
+    shared_encoder(manifest.encoder, manifest.max_tokens)
+    golden = json.loads(root.read_bytes(version_path(manifest.version, "golden.json")))
+    return _assemble(root, manifest, weights, golden)
+
+
+def read_checked(root: Root, path: str, expected: str) -> bytes:
+    """Reads a file whose sha256 the ledger has.
+
+    Raises:
+      ArtifactError: It is missing, or another file than the one that was committed.
+    """
+    try:
+        data = root.read_bytes(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing; restore it from a backup") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise ArtifactError(
+            f"{path} has sha256 {found[:12]}…, the ledger says {expected[:12]}…; restore it from a "
+            "backup"
+        )
+    return data
+
+
+def _assemble(
+    root: Root,
+    manifest: Manifest,
+    weights: VersionWeights,
+    golden: Sequence[Mapping[str, object]] = (),
+) -> LoadedVersion:
+    state = load_item_state(root, manifest.state)
+    histories = history_slices(load_histories(root, manifest.state), state.as_of)
+    return LoadedVersion(manifest, weights, state.table(), histories, golden)
+
+
+def text_indexes(items: ItemTable) -> tuple[list[str], NDArray[np.int32]]:
+    """Returns the catalogue's distinct texts, and (N,) the index of each item's text."""
+    texts = list(dict.fromkeys(items.texts))
+    place = {text: i for i, text in enumerate(texts)}
+    return texts, np.array([place[text] for text in items.texts], np.int32)

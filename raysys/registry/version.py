@@ -1,0 +1,70 @@
+"""What a version is made of: names, files, and the manifest that says so.
+
+    versions/<version>/manifest.json        what it is, from what, with which settings
+                       head.safetensors     the hybrid head
+                       encoder.safetensors  the one encoder matrix that updates have changed
+                       adapter/             this update's delta in PEFT's format
+                       texts.parquet        every catalogue text with its embedding
+                       golden.json          requests with the scores that they must get
+                       report.md            before and after, and the privacy statement
+    state/<update_id>/ …                    item statistics and histories that it serves with
+
+A version is immutable: its folder is written once, and the ledger holds the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from raysys.errors import ArtifactError
+from raysys.partitions.layout import version_folder
+
+MANIFEST_SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The facts that a replica needs to serve a version, and an operator to trace it."""
+
+    version: str
+    update_id: str
+    base_version: str | None
+    encoder: str
+    """As configured: a name, a folder or a hub id."""
+    encoder_sha256: str
+    adapted_module: str
+    max_tokens: int
+    lora_rank: int
+    alpha: float
+    state: str
+    """The update whose `state/` folder it serves with."""
+    schema_version: int = MANIFEST_SCHEMA_VERSION
+
+    def to_bytes(self) -> bytes:
+        """Returns JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+          ArtifactError: Not a manifest, or of a newer raysys.
+        """
+        try:
+            body: dict[str, Any] = json.loads(data)
+            if body["schema_version"] > MANIFEST_SCHEMA_VERSION:
+                raise ArtifactError(
+                    f"the manifest has schema_version {body['schema_version']}, this raysys reads "
+                    f"up to {MANIFEST_SCHEMA_VERSION}: upgrade raysys"
+                )
+            return cls(**body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"the manifest cannot be read: {error}") from error
+
+
+def version_path(version: str, name: str) -> str:
+    """Returns the path of one of a version's files, relative to the root."""
+    return f"{version_folder(version)}/{name}"

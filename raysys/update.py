@@ -85,10 +85,10 @@ def run_update(config: Config, on_progress: Progress = lambda line: None) -> Upd
     resolve_encoder(config.model.encoder)
     log = Log(root)
     _delete_orphans(root, log)
-    found = discover(root)
+    found, now = discover(root), time.time()
 
     def plan_of(state: State) -> UpdatePlan:
-        return plan_update(found, state, config.partitions, time.time())
+        return plan_update(found, state, config.partitions, now)
 
     owner = f"{platform.node()}:{os.getpid()}"
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
@@ -227,6 +227,7 @@ def _train(
         head=base,
         adapted_weight=None if base_weights is None else base_weights.adapted_weight,
         text_of_item=text_of_item,
+        seed=run.started.seed,
     )
     return train(
         job, texts, root=run.root, update_id=run.update_id, num_shards=config.ingest.num_shards

@@ -3,7 +3,8 @@
     clean events -> bounded_counts() -> (P, N) sums over users -> + Gaussian noise -> public
 
 A user adds at most 1 to each of at most `max_items` counts of a period, so leaving the user out
-moves the period's counts by at most sqrt(max_items) in L2 norm (`count_l2_sensitivity`).
+moves the period's counts by at most sqrt(max_items) in L2 norm (`count_l2_sensitivity`). That holds
+for each seed, and so against whoever knows it: which rows of a user are kept depends on no other.
 """
 
 from __future__ import annotations
@@ -26,28 +27,36 @@ def bounded_counts(
     num_periods: int,
     num_items: int,
     max_items: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> NDArray[np.float64]:
     """Returns in how many users' bounded baskets each item is, (num_periods, num_items).
 
     Args:
       events: Columns `user`, `item` (index) and `period`, of any number of users.
       max_items: Distinct items kept for each user and period, chosen at random.
+      seed: Of that choice.
     """
     distinct = events.select("user", "period", "item").unique(maintain_order=True)
-    kept = sample_per_group(distinct, ["user", "period"], max_items, rng)
+    kept = sample_per_group(distinct, ["user", "period"], ["item"], max_items, seed=seed)
     counts = np.zeros((num_periods, num_items), np.float64)
     np.add.at(counts, (kept["period"].to_numpy(), kept["item"].to_numpy()), 1.0)
     return counts
 
 
 def sample_per_group(
-    frame: pl.DataFrame, keys: list[str], max_rows: int, rng: np.random.Generator
+    frame: pl.DataFrame, keys: list[str], names: list[str], max_rows: int, *, seed: int
 ) -> pl.DataFrame:
-    """Returns at most `max_rows` rows of each group, chosen uniformly."""
-    order = pl.Series("_order", rng.permutation(len(frame)))
-    shuffled = frame.with_columns(order).sort("_order").drop("_order")
-    return shuffled.group_by(keys, maintain_order=True).head(max_rows).select(frame.columns)
+    """Returns at most `max_rows` rows of each group, chosen uniformly, in the order of `frame`.
+
+    Rows are ranked by a seeded hash: a shared generator would let one group's rows change the
+    choice within all others.
+
+    Args:
+      keys: Columns that make a group.
+      names: Columns that tell the rows of one group apart.
+    """
+    drawn = pl.struct(*keys, *names).hash(seed)
+    return frame.filter(drawn.rank("ordinal").over(keys) <= max_rows)
 
 
 def noise_counts(counts: NDArray[np.float64], std: float) -> NDArray[np.float64]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import datetime
 import io
+from collections.abc import Mapping
 
 import polars as pl
 
 from raysys.errors import DataError
-from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.pseudonym import Pseudonymizer, is_pseudonym
 from raysys.partitions.schema import EVENT_SCHEMA, EVENT_TYPES, REQUIRED_EVENT_COLUMNS
 
 CLEAN_COLUMNS = ["user", "item_id", "ts", "event_id", "event_type", "request_id", "query"]
@@ -43,15 +44,31 @@ def conform(frame: pl.DataFrame, path: str) -> pl.DataFrame:
     A value that does not fit its column's type becomes null, so that the row is judged by it.
 
     Raises:
-      DataError: A required column is missing.
+      DataError: A required column is missing, or a column's type cannot be converted.
     """
     missing = sorted(set(REQUIRED_EVENT_COLUMNS) - set(frame.columns))
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it has {frame.columns}")
-    return frame.select(
-        _cast(frame, name, dtype) if name in frame.columns else pl.lit(None, dtype).alias(name)
-        for name, dtype in EVENT_SCHEMA.items()
-    )
+    return select_as(frame, EVENT_SCHEMA, path)
+
+
+def select_as(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], path: str) -> pl.DataFrame:
+    """Returns the schema's columns with its types; a missing one is null throughout.
+
+    Raises:
+      DataError: A column's type cannot be converted.
+    """
+    nested = [name for name in schema if name in frame.columns and frame.schema[name].is_nested()]
+    if nested:
+        raise DataError(f"{path} has nested values in column {', '.join(nested)}; flatten them")
+    try:
+        return frame.select(
+            _cast(frame, name, dtype) if name in frame.columns else pl.lit(None, dtype).alias(name)
+            for name, dtype in schema.items()
+        )
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} has a column of a type that does not fit: {reason}") from error
 
 
 def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.Expr:
@@ -93,7 +110,8 @@ def clean_events(
         ts=pl.col("ts").dt.timestamp("us") / 1e6,
     )
     own_request = pl.concat_str("user", pl.col("ts").cast(pl.String), separator="@")
-    usable = usable.with_columns(request_id=pl.col("request_id").fill_null(own_request))
+    given_request = pl.col("request_id").replace("", None)
+    usable = usable.with_columns(request_id=given_request.fill_null(own_request))
     return (
         usable.select(CLEAN_COLUMNS),
         refused.select("event_id", "item_id", "ts", "event_type", "reason"),
@@ -119,5 +137,7 @@ def _refusal(key_id: str, date: datetime.date) -> pl.Expr:
         .then(pl.lit("unknown event_type"))
         .when(pl.col("user_key_id").fill_null(key_id) != key_id)
         .then(pl.lit("pseudonym of another key"))
+        .when(pl.col("user_key_id").is_not_null() & ~is_pseudonym("user_id"))
+        .then(pl.lit("user_id is no pseudonym"))
         .otherwise(None)
     )  # fmt: skip

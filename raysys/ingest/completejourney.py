@@ -5,7 +5,8 @@
 Every purchased product is one `purchase` event, a basket is a request. The data has no queries, no
 impressions and no price list. What stands in for the shop's own catalogue: a product is listed on
 the day on which it is sold for the `min_sales`-th time, at the median unit price of those sales, so
-no day sees anything of a later one.
+no day sees anything of a later one. That makes this catalogue a function of purchases; a real shop
+has a public one, and privacy accounting takes it as public.
 """
 
 from __future__ import annotations

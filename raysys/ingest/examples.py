@@ -139,7 +139,7 @@ def build_shard(
     tables: Sequence[ItemTable],
     window_start: float,
     config: IngestConfig,
-    rng: np.random.Generator,
+    seed: int,
 ) -> ShardResult:
     """Builds examples, cases and the new histories of one shard.
 
@@ -149,12 +149,21 @@ def build_shard(
       histories: HISTORY_SCHEMA, as of `histories_as_of`.
       tables: The item statistics public in each period, and last the ones after the update.
       window_start: UNIX seconds at which the evaluation window begins.
+      seed: Of caps and negatives. Each request draws by itself: removing a user changes nobody
+        else's examples, even for whoever knows the seed.
     """
     events = events.sort("user", "ts", "event_id", "item")
-    lookup = _Histories(events, histories, histories_as_of, tables[-1].half_life_s)
+    lookup = _Histories(
+        events,
+        histories,
+        as_of=histories_as_of,
+        half_life_s=tables[-1].half_life_s,
+        max_items=config.max_history_items,
+    )
+    foreseeable = _after_history(events, histories)
     return ShardResult(
-        examples=_examples(events, lookup, tables, config, rng),
-        cases=_cases(events, lookup, window_start, config),
+        examples=_examples(foreseeable, lookup, tables, config, seed),
+        cases=_cases(foreseeable, lookup, window_start, config),
         histories=merge_histories(
             histories,
             events,
@@ -211,11 +220,25 @@ def history_slices(frame: pl.DataFrame, as_of: float) -> dict[str, UserHistory]:
     }  # fmt: skip
 
 
+def _after_history(events: pl.DataFrame, histories: pl.DataFrame) -> pl.DataFrame:
+    """Drops late events: a history that holds what followed them would give them away."""
+    last = histories.group_by("user").agg(pl.col("last_ts").max().alias("_last"))
+    joined = events.join(last, on="user", how="left", maintain_order="left")
+    late = (pl.col("ts") <= pl.col("_last")).fill_null(False)
+    return joined.filter(~late).drop("_last")
+
+
 class _Histories:
     """Histories of a shard's users as of any moment of the update."""
 
     def __init__(
-        self, events: pl.DataFrame, histories: pl.DataFrame, as_of: float, half_life_s: float
+        self,
+        events: pl.DataFrame,
+        histories: pl.DataFrame,
+        *,
+        as_of: float,
+        half_life_s: float,
+        max_items: int,
     ) -> None:
         self._before = history_slices(histories.sort("user", "item"), as_of)
         self._parts = dict(_parts(events["user"]))
@@ -223,17 +246,19 @@ class _Histories:
         self._ts = events["ts"].to_numpy()
         self._weight = events["weight"].to_numpy()
         self._half_life_s = half_life_s
+        self._max_items = max_items
 
     def at(self, user: str, now: float) -> UserHistory:
-        """Returns what the user did strictly before `now`."""
+        """Returns what the user did strictly before `now`, cut as a replica's history is."""
         before = self._before.get(user) or UserHistory.empty()
         part = self._parts[user]
         num_new = int(np.searchsorted(self._ts[part], now, side="left"))
         new = slice(part.start, part.start + num_new)
-        return before.extend(
+        extended = before.extend(
             self._items[new], self._ts[new], self._weight[new],
             as_of=now, half_life_s=self._half_life_s,
         )  # fmt: skip
+        return extended.most_recent(self._max_items)
 
 
 def _examples(
@@ -241,13 +266,14 @@ def _examples(
     lookup: _Histories,
     tables: Sequence[ItemTable],
     config: IngestConfig,
-    rng: np.random.Generator,
+    seed: int,
 ) -> ExampleSet:
     trained = events.filter(~is_held_out(config.holdout_fraction))
     requests = trained.group_by("user", "request_id", maintain_order=True).agg(
         pl.col("ts", "period").min(), pl.col("query").drop_nulls().first(), pl.col("item", "gain")
     )
-    kept = sample_per_group(requests, ["user"], config.max_examples_per_user, rng).sort(
+    most = config.max_examples_per_user
+    kept = sample_per_group(requests, ["user"], ["request_id"], most, seed=seed).sort(
         "user", "ts", "request_id"
     )
     samplers = [NegativeSampler.from_popularity(t.popularity, config) for t in tables[:-1]]
@@ -256,6 +282,7 @@ def _examples(
     out.user[:] = kept["user"].rle_id().to_numpy()
     for row, request in enumerate(kept.iter_rows(named=True)):
         table, sampler = tables[request["period"]], samplers[request["period"]]
+        rng = np.random.default_rng([seed, *f"{request['user']} {request['request_id']}".encode()])
         _fill_example(out, row, request, lookup, table, sampler, rng)
     return out
 
@@ -328,7 +355,7 @@ def _cases(
     )
     rows = []
     for user in users.iter_rows(named=True):
-        history = lookup.at(user["user"], window_start).most_recent(config.max_history_items)
+        history = lookup.at(user["user"], window_start)
         positives, gains = _strongest(user["item"], user["gain"])
         columns = {name: getattr(history, name).tolist() for name in list(CASE_SCHEMA)[4:]}
         chosen = {"positives": positives.tolist(), "gains": gains.tolist()}

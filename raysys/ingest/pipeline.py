@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from raysys.config import Config
 from raysys.errors import DataError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
-from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file
+from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file, select_as
 from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
+from raysys.ingest.outcomes import find_outcomes, period_of
 from raysys.ingest.pseudonym import Pseudonymizer, user_shard
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef, PartitionRef
@@ -49,10 +50,7 @@ class IngestJob:
     base_state: str | None
     partitions: tuple[PartitionRef, ...]
     seed: int
-
-    def rng(self, *parts: int) -> np.random.Generator:
-        """Returns the generator of one task, the same at each retry."""
-        return np.random.default_rng([self.seed, *parts])
+    """Of caps and negatives, so that a retried task makes the same."""
 
     @property
     def period_ends(self) -> list[float]:
@@ -111,7 +109,7 @@ def ingest(job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
         row_counts=dict(sorted(row_counts.items())),
         quarantined_files={k: v for row in cleaned for k, v in row["bad_files"].items()},
         items=tables[-1],
-        items_before=tables[_period_of(np.array([job.window_start]), job.period_ends)[0]],
+        items_before=tables[period_of(np.array([job.window_start]), job.period_ends)[0]],
     )
 
 
@@ -119,21 +117,14 @@ def read_items(root: Root, item_files: Iterable[FileRef]) -> pl.DataFrame:
     """Reads catalogue upserts.
 
     Raises:
-      DataError: A file is unreadable or lacks `item_id`.
+      DataError: A file is unreadable, lacks `item_id`, or has a type that does not fit.
     """
     frames = [pl.DataFrame(schema=ITEM_SCHEMA)]
     for file in item_files:
         frame = read_parquet_file(root.read_bytes(file.path), file.path)
         if "item_id" not in frame.columns:
             raise DataError(f"{file.path} has no column item_id; it has {frame.columns}")
-        frames.append(
-            frame.select(
-                pl.col(name).cast(dtype, strict=False)
-                if name in frame.columns
-                else pl.lit(None, dtype).alias(name)
-                for name, dtype in ITEM_SCHEMA.items()
-            )
-        )
+        frames.append(select_as(frame, ITEM_SCHEMA, file.path))
     epoch = pl.lit(datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), ITEM_SCHEMA["updated_at"])
     rows = pl.concat(frames).filter(pl.col("item_id").fill_null("") != "")
     return rows.with_columns(pl.col("updated_at").fill_null(epoch))
@@ -199,16 +190,8 @@ def _bound_shard(
 ) -> dict[str, Any]:
     shard, ends, ids = row["shard"], job.period_ends, ray.get(item_ids)
     rows = _read_frames(job.root, _shard_folder(job, shard, "clean"), _CLEAN_SCHEMA)
-    distinct = rows.unique("event_id", keep="first", maintain_order=True)
-    index = pl.DataFrame({"item_id": ids}, schema={"item_id": pl.String}).with_row_index("item")
-    known = distinct.join(index, on="item_id", how="inner", maintain_order="left")
-    gains = job.config.ingest.gains
-    outcomes = known.filter(pl.col("event_type").is_in(list(gains))).with_columns(
-        gain=pl.col("event_type").replace_strict(gains, default=0.0, return_dtype=pl.Float64)
-    )
-    outcomes = outcomes.with_columns(
-        pl.Series("period", _period_of(outcomes["ts"].to_numpy(), ends)),
-        weight=pl.col("gain") / max(gains.values()),
+    outcomes, row_counts = find_outcomes(
+        rows, item_ids=ids, gains=job.config.ingest.gains, ends=ends
     )
     job.root.put(f"{_shard_folder(job, shard, 'outcomes')}/all.parquet", _parquet(outcomes))
     counts = bounded_counts(
@@ -216,14 +199,8 @@ def _bound_shard(
         num_periods=len(ends),
         num_items=len(ids),
         max_items=job.config.ingest.max_items_per_user_period,
-        rng=job.rng(1, shard),
+        seed=job.seed,
     )
-    row_counts = {
-        "duplicate": len(rows) - len(distinct),
-        "unknown_item": len(distinct) - len(known),
-        "impression": len(known) - len(outcomes),
-        "outcome": len(outcomes),
-    }
     return {"counts": counts, "row_counts": row_counts}
 
 
@@ -255,7 +232,7 @@ def _build_shard(
         tables=held,
         window_start=job.window_start,
         config=job.config.ingest,
-        rng=job.rng(2, shard),
+        seed=job.seed,
     )
     job.root.put(examples_path(job.update_id, shard), result.examples.to_bytes())
     job.root.put(cases_path(job.update_id, shard), _parquet(result.cases))
@@ -291,10 +268,6 @@ def _base_items(job: IngestJob) -> ItemState:
     if job.base_state is None:
         return ItemState.empty(job.config.ingest.half_life_days * DAY_S)
     return load_item_state(job.root, job.base_state)
-
-
-def _period_of(ts: NDArray[np.float64], ends: list[float]) -> NDArray[np.int64]:
-    return np.searchsorted(np.array(ends[:-1]), ts, side="right").astype(np.int64)
 
 
 def _shard_folder(job: IngestJob, shard: int, stage: str) -> str:

@@ -62,6 +62,11 @@ class Pseudonymizer:
         return hmac.new(self.key, user_id.encode(), hashlib.sha256).hexdigest()[:32]
 
 
+def is_pseudonym(column: str) -> pl.Expr:
+    """Whether the column holds what `Pseudonymizer.pseudonym` could have made."""
+    return pl.col(column).str.contains("^[0-9a-f]{32}$")
+
+
 def user_shard(num_shards: int) -> pl.Expr:
     """The shard in [0, num_shards) of the pseudonyms in column `user`."""
     return pl.col("user").str.slice(0, 8).str.to_integer(base=16) % num_shards

@@ -3,9 +3,10 @@
     own history (uniform) + noised popularity ** 0.75 + uniform -> candidates, log Q for each
 
 Popularity is the noised, released one and history is the user's own, so no other user's behaviour
-enters an example except through what is already paid for. `log_q` is the log of the expected
-number of times that an item is drawn: the loss subtracts it, which makes the softmax over sampled
-negatives an estimate of the one over the catalogue (Yi et al. 2019, RecSys).
+enters an example except through what is already paid for. Drawn items are made distinct, so
+`log_q` is the log of the probability that an item is drawn at all: the loss subtracts it, which
+makes the softmax over sampled negatives an estimate of the one over the catalogue (Yi et al. 2019,
+RecSys).
 
 Shape suffixes: K = candidates, N = items of the table.
 """
@@ -67,11 +68,12 @@ class NegativeSampler:
 
     def _log_q(self, candidates: IndexArray, history_items: IndexArray) -> FloatArray:
         config, num_items = self.config, len(self.probability)
-        expected = config.num_popularity_negatives * self.probability[candidates]
-        expected += config.num_uniform_negatives / num_items
         share = min(1.0, config.num_history_negatives / max(len(history_items), 1))
-        expected += np.isin(candidates, history_items) * share
-        return np.log(np.minimum(expected, 1.0)).astype(np.float32)
+        missed = 1 - np.isin(candidates, history_items) * share
+        missed *= (1 - self.probability[candidates]) ** config.num_popularity_negatives
+        missed *= (1 - 1 / num_items) ** config.num_uniform_negatives
+        log_q: FloatArray = np.log(1 - missed).astype(np.float32)
+        return log_q
 
     @property
     def max_candidates(self) -> int:

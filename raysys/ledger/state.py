@@ -72,6 +72,8 @@ class State:
     """The key of the pseudonyms in the committed histories."""
     rollout: RolloutChanged | None = None
     """The last transition."""
+    rolled_back: frozenset[str] = frozenset()
+    """Versions that were taken out of traffic after a trial."""
 
     @property
     def versions(self) -> dict[str, UpdateCommitted]:
@@ -80,8 +82,15 @@ class State:
 
     @property
     def head_version(self) -> str | None:
-        """The newest version."""
-        return next(reversed(self.versions), None)
+        """The newest version that neither was rolled back nor descends from one that was.
+
+        The next update trains on top of it, so what was wrong with a version dies with it.
+        """
+        versions, sound = self.versions, set[str | None]({None})
+        for version, record in versions.items():
+            if record.base_version in sound and version not in self.rolled_back:
+                sound.add(version)
+        return next((version for version in reversed(versions) if version in sound), None)
 
     @property
     def head_state(self) -> str | None:
@@ -189,10 +198,7 @@ def _after(state: State, entry: Entry) -> State:
         case UpdateCommitted():
             return _after_commit(state, record)
         case RolloutChanged():
-            is_new = state.rollout is None or state.rollout.rollout_id != record.rollout_id
-            return dataclasses.replace(
-                state, rollout=record, num_rollouts=state.num_rollouts + is_new
-            )
+            return _after_rollout(state, record)
 
 
 def _after_start(state: State, record: UpdateStarted, at: float) -> State:
@@ -207,6 +213,17 @@ def _after_start(state: State, record: UpdateStarted, at: float) -> State:
         spends = (*spends, (record.update_id, record.reserved, "reserved"))
     return dataclasses.replace(
         state, active=active, num_started=state.num_started + 1, spends=spends
+    )
+
+
+def _after_rollout(state: State, record: RolloutChanged) -> State:
+    is_new = state.rollout is None or state.rollout.rollout_id != record.rollout_id
+    failed = state.canary if record.phase == "rolled_back" else None
+    return dataclasses.replace(
+        state,
+        rollout=record,
+        num_rollouts=state.num_rollouts + is_new,
+        rolled_back=state.rolled_back | ({failed} if failed else set()),
     )
 
 

@@ -193,7 +193,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def activations(self, texts: Sequence[str], batch_size: int = 128) -> TokenActivations:
-        """Runs the frozen part once over each text."""
+        """Runs the frozen part once over each text, shortest first."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = []
         for start in range(0, len(order), batch_size):
@@ -227,7 +227,7 @@ class TextEncoder:
           adapted_weight: (d, h) output projection of a version, in place of the encoder's own. So
             versions share the encoder, and each brings one matrix.
         """
-        return self.finish(self.activations(texts), adapted_weight)
+        return self.finish(self.activations(texts).select(texts), adapted_weight)
 
     @torch.inference_mode()
     def finish(

@@ -22,7 +22,7 @@ def listwise_loss(
     Args:
       scores: (U, R, K).
       gains: (U, R, K), not negative; a request without any gain has no loss.
-      log_q: (U, R, K) log of the expected number of draws of each candidate.
+      log_q: (U, R, K) log of the probability that sampling includes each candidate.
       valid: (U, R, K) False for padding.
     """
     logits = (scores - log_q).masked_fill(~valid, -torch.inf)

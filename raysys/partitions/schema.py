@@ -1,4 +1,4 @@
-"""The columns of event and item files. Unknown columns are kept aside, not lost.
+"""The columns of event and item files. Unknown columns stay in the shop's files, unread.
 
 An impression is one item shown in one request; a click, cart or purchase is an outcome. An outcome
 without impressions stands for itself: its candidates are then sampled.

@@ -41,8 +41,8 @@ class BudgetReport:
     delta: float
     epsilon_spent: float
     epsilon_left: float
-    updates_left: int
-    """Further updates like the last one that fit into what is left."""
+    updates_left: int | None
+    """Further updates like the last one that fit into what is left; None before the first one."""
     unit: str
     relation: str
     accountant: str
@@ -92,7 +92,7 @@ def report_budget(state: State, config: PrivacyConfig) -> BudgetReport:
         delta=config.delta,
         epsilon_spent=spent,
         epsilon_left=max(config.epsilon_total - spent, 0.0),
-        updates_left=_updates_left(so_far, config) if so_far else 0,
+        updates_left=_updates_left(so_far, config) if so_far else None,
         unit=UNIT,
         relation=RELATION,
         accountant=ACCOUNTANT,

@@ -9,7 +9,6 @@ Sampler and accountant cannot disagree, because neither gets its numbers from an
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from opacus.optimizers import DistributedDPOptimizer
@@ -17,6 +16,9 @@ from opacus.optimizers import DistributedDPOptimizer
 from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend
 from raysys.privacy.sampling import PoissonSampler
+
+NO_CLIP_NORM = torch.finfo(torch.float32).max
+"""Finite: Opacus multiplies it by the noise multiplier, and 0 times infinity is not 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +68,16 @@ class PrivacyPlan:
 
         Needs an initialised `torch.distributed` group. Opacus divides the sum by the number of
         workers as well, hence the share of the fixed normaliser. Without privacy nothing is
-        clipped and no noise is added; sampling and normaliser stay the same.
+        clipped and no noise is added; sampling and normaliser stay the same. Noise has a generator
+        of its own, from the operating system's entropy: no seed set elsewhere can repeat it.
         """
+        generator = torch.Generator()
+        generator.seed()
         return DistributedDPOptimizer(
             inner,
             noise_multiplier=self.spend.noise_multiplier if self.enabled else 0.0,
-            max_grad_norm=self.l2_clip_norm if self.enabled else math.inf,
+            max_grad_norm=self.l2_clip_norm if self.enabled else NO_CLIP_NORM,
             expected_batch_size=self.expected_batch_users / num_workers,
             loss_reduction="mean",
+            generator=generator,
         )

@@ -49,6 +49,8 @@ class TrainJob:
     """The previous version's output projection, (d, h); None before the first version."""
     text_of_item: IndexArray
     """(N,) index of each item's text."""
+    seed: int
+    """Of LoRA's A. Another one for each update, so that deltas are not all in one subspace."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,20 +84,19 @@ def train_on_shards(
     Raises:
       PrivacyError: A trainable weight has no per-user gradient, or training changed nothing.
     """
-    torch.manual_seed(0)  # LoRA's A must be the same on all ranks
+    torch.manual_seed(job.seed)  # LoRA's A must be the same on all ranks
     encoder = TextEncoder(job.model.encoder, job.model.max_tokens)
     query_text = _embed_queries(encoder, shards, job.adapted_weight)
     peft_model = add_lora(encoder, job.model)
     dense = lora_layer(peft_model)
     if job.adapted_weight is not None:
         dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy())
-    torch.seed()  # noise and request choice come from the operating system's entropy
+    torch.seed()  # whatever is drawn from here on differs by rank and by run
     tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
     module = RankerModule(tower, HeadModule(job.head))
     text_before = tower.embed_all()
     batches = _Batches(shards, job, text_before, query_text)
     losses = _run_steps(job, module, batches, num_workers=num_workers, on_step=on_step)
-    _require_moved(job, module)
 
     with torch.no_grad():
         tower.lora_b.mul_(job.train.alpha)
@@ -121,6 +122,7 @@ def _run_steps(
     on_step: Callable[[int], None],
 ) -> list[float]:
     names, parameters = zip(*module.trainable(), strict=True)
+    before = [parameter.detach().clone() for parameter in parameters]
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     num_steps = job.plan.spend.num_steps
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / num_steps, 0))
@@ -141,6 +143,7 @@ def _run_steps(
         optimizer.zero_grad(set_to_none=True)
         decay.step()
         on_step(step + 1)
+    _require_moved(module, before, adam)
     return losses
 
 
@@ -151,16 +154,25 @@ def _backward(module: RankerModule, batch: dict[str, torch.Tensor]) -> list[floa
     return list(loss.detach().tolist())
 
 
-def _require_moved(job: TrainJob, module: RankerModule) -> None:
-    """Some stacks report loss and epsilon while nothing is trained (opacus #820)."""
-    trained = module.head.head().weights
-    moved = any((trained[name] != old).any() for name, old in job.head.weights.items())
-    finite = all(bool(torch.isfinite(p).all()) for _, p in module.trainable())
-    if not (moved and finite and bool(module.tower.lora_b.abs().sum() > 0)):
-        raise PrivacyError(
-            "training left the head or LoRA unchanged, or not finite: the optimizer does not hold "
-            "the weights that the model computes with"
-        )
+def _require_moved(
+    module: RankerModule, before: list[torch.Tensor], adam: torch.optim.Optimizer
+) -> None:
+    """Some stacks report loss and epsilon while nothing is trained (opacus #820).
+
+    What nothing ever pulled at may stay as it was. Noise pulls at everything; without it LoRA has
+    no gradient where no user has a history yet.
+    """
+    moved = {}
+    for (name, parameter), old in zip(module.trainable(), before, strict=True):
+        pulled = adam.state[parameter]["exp_avg_sq"].any() if parameter in adam.state else True
+        moved[name] = not torch.equal(parameter, old)
+        if not torch.isfinite(parameter).all() or (pulled and not moved[name]):
+            raise PrivacyError(
+                f"training left {name} unchanged, or not finite: the optimizer does not hold the "
+                "weights that the model computes with, or the learning rate is out of bounds"
+            )
+    if not any(moved.values()):
+        raise PrivacyError("training changed nothing: no sampled user had a loss")
 
 
 class _Batches:

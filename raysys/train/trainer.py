@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load_file, save_file
 
@@ -69,6 +69,11 @@ def train(
             name="train",
             storage_path=f"{base}/{staging(update_id)}",
             storage_filesystem=filesystem,
+            # Ray restarts the workers of a preempted node without end unless told otherwise.
+            failure_config=FailureConfig(
+                max_failures=0,
+                max_preemption_failures=0,  # type: ignore[call-arg]
+            ),
         ),
     )  # fmt: skip
     result = trainer.fit()
@@ -100,11 +105,11 @@ def _worker(config: dict[str, Any]) -> None:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as directory:
-        _write_output(Path(directory), trained)
+        _write_output(Path(directory), trained, encoder=job.model.encoder)
         ray.train.report({"num_steps": num_steps}, checkpoint=Checkpoint.from_directory(directory))
 
 
-def _write_output(folder: Path, trained: Trained) -> None:
+def _write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
     save_file(
         {k: np.ascontiguousarray(v) for k, v in trained.head.weights.items()},
         folder / "head.safetensors",
@@ -117,7 +122,9 @@ def _write_output(folder: Path, trained: Trained) -> None:
         },
         folder / "arrays.safetensors",
     )
-    trained.peft_model.save_pretrained(str(folder / "adapter"))
+    # The name as configured: PEFT would write this machine's path, and ask the hub about it.
+    trained.peft_model.peft_config["default"].base_model_name_or_path = encoder
+    trained.peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     output = {"adapted_module": adapted_module_name(trained.peft_model.get_base_model())}
     (folder / "output.json").write_text(json.dumps(output))
 

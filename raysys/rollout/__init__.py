@@ -1,0 +1,11 @@
+"""A canary on live traffic: put on trial, judged, promoted or rolled back.
+
+state.py       the legal transitions, as builders of ledger records
+counters.py    what is counted about each version, by buckets of users
+bounds.py      bounds that hold however often one looks
+analysis.py    pure: counters -> Measurement
+policy.py      pure: Measurement -> Decision
+view.py        what replicas have to know of a rollout
+reports.py     the replicas' counts, put together
+controller.py  the actor that follows, judges and decides
+"""

@@ -1,0 +1,189 @@
+"""The one actor that judges a rollout: it follows the ledger, hears replicas, and decides.
+
+    ledger --refresh--> RolloutView --long poll--> replicas
+    replicas --ReplicaReport--> RolloutCounts --judge, decide--> ledger
+
+It keeps nothing of its own: rollout and decisions are in the ledger, counts come again from the
+replicas. So it may die at any moment; replicas go on with the last view, and the next controller
+continues. A decision is a ledger record first. Replicas act on it only when they see it there, and
+it is decided anew on the newest state, so that an operator who was faster prevails.
+
+`Control` is the actor without Ray, `RolloutController` the Serve deployment around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+
+from raysys.config import RolloutConfig, load_config
+from raysys.errors import RaysysError, TransitionError
+from raysys.ledger.log import Log
+from raysys.ledger.records import RolloutChanged
+from raysys.ledger.state import State
+from raysys.rollout.analysis import Measurement, judge
+from raysys.rollout.policy import Decision, decide
+from raysys.rollout.reports import ReplicaReport, RolloutCounts
+from raysys.rollout.state import abort, promote
+from raysys.rollout.view import RolloutView
+from raysys.storage import Root
+
+REFRESH_INTERVAL_S = 1.0
+"""Seconds between two looks at the ledger: an operator's abort takes no longer to be seen."""
+ACTOR = "controller"
+
+_logger = logging.getLogger(__name__)
+
+
+class Control:
+    """Follows, counts and decides. For one event loop; ledger access runs in threads."""
+
+    def __init__(
+        self, log: Log, config: RolloutConfig, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._log = log
+        self._config = config
+        self._clock = clock
+        self._view: RolloutView | None = None
+        self._changed = asyncio.Condition()
+        self._counts: RolloutCounts | None = None
+        self._started_at = 0.0
+        self._measurement: Measurement | None = None
+        self._judged_at = -float("inf")
+
+    async def run(self) -> None:
+        """Follows and judges until it is cancelled. A failure is logged, and tried again."""
+        while True:
+            try:
+                await self.step()
+            except RaysysError as error:
+                _logger.warning("rollout controller keeps its last state: %s", error)
+            except Exception:
+                _logger.exception("rollout controller keeps its last state after a bug")
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+
+    async def step(self) -> None:
+        """Refreshes the view, and judges if a canary is on trial and its interval has passed.
+
+        Raises:
+          RaysysError: The ledger cannot be read or written now.
+        """
+        await self._follow(await asyncio.to_thread(self._log.refresh))
+        if self._counts is not None and self._clock() - self._judged_at >= self._config.interval_s:
+            self._judged_at = self._clock()
+            await self._judge(self._counts)
+
+    async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
+        """Returns the view as soon as it is newer than `known_sequence`; None after `timeout_s`."""
+
+        def is_newer() -> bool:
+            return self._view is not None and self._view.sequence > known_sequence
+
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(is_newer)
+            return self._view if is_newer() else None
+
+    async def report(self, report: ReplicaReport) -> int:
+        """Takes a replica's counts; returns the number of the first conversion to send next."""
+        counts = self._counts
+        if counts is None or counts.rollout_id != report.rollout_id:
+            return 0  # of a rollout that ended, or that is in the ledger but not here yet
+        if report.refusal is not None:
+            await self._write(counts.rollout_id, Decision(kind="rollback", reason=report.refusal))
+        return counts.take(report)
+
+    def measurement(self) -> dict[str, Any] | None:
+        """Returns the newest look at the canary, None if there is none on trial."""
+        return self._measurement.to_json() if self._measurement and self._counts else None
+
+    async def _follow(self, state: State) -> None:
+        view = RolloutView.of(state)
+        known = self._view
+        if known and (view.sequence < known.sequence or view.says_the_same(known)):
+            return
+        if view.canary is None or view.rollout_id is None:
+            self._counts = None
+        elif self._counts is None or self._counts.rollout_id != view.rollout_id:
+            self._started_at = await asyncio.to_thread(self._start_time, view.rollout_id)
+            self._counts, self._measurement = RolloutCounts(view.rollout_id), None
+        async with self._changed:
+            self._view = view
+            self._changed.notify_all()
+
+    def _start_time(self, rollout_id: str) -> float:
+        for entry in self._log.entries():
+            if isinstance(entry.record, RolloutChanged) and entry.record.rollout_id == rollout_id:
+                return entry.at
+        raise AssertionError(f"{rollout_id} is in the state, so it is in the ledger")
+
+    async def _judge(self, counts: RolloutCounts) -> None:
+        self._measurement = judge(*counts.totals(), self._config)
+        age_s = self._clock() - self._started_at
+        await self._write(
+            counts.rollout_id, decide(self._measurement, age_s, self._config), self._measurement
+        )
+
+    async def _write(
+        self, rollout_id: str, decision: Decision, measurement: Measurement | None = None
+    ) -> None:
+        if decision.kind == "wait":
+            return
+        change = promote if decision.kind == "promote" else abort
+
+        def decide_anew(state: State) -> RolloutChanged | None:
+            if state.rollout is None or state.rollout.rollout_id != rollout_id:
+                return None
+            return change(
+                state,
+                actor=ACTOR,
+                reason=decision.reason,
+                measurement=measurement.to_json() if measurement else None,
+            )
+
+        try:
+            entry = await asyncio.to_thread(self._log.transact, decide_anew)
+        except TransitionError:
+            entry = None  # somebody else ended this rollout: that is in the ledger and stands
+        if entry is not None:
+            _logger.info("%s of %s: %s", decision.kind, rollout_id, decision.reason)
+        await self._follow(await asyncio.to_thread(self._log.refresh))
+
+
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 0.1},
+    max_ongoing_requests=1000,  # each replica keeps one long poll open
+    graceful_shutdown_timeout_s=2.0,
+)
+class RolloutController:
+    """`Control` as a Serve deployment."""
+
+    def __init__(self, config_path: str) -> None:
+        config = load_config(config_path)
+        self._control = Control(Log(Root(config.root)), config.rollout)
+        self._task = asyncio.get_running_loop().create_task(self._control.run())
+
+    async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
+        """As `Control.wait_for_change`."""
+        return await self._control.wait_for_change(known_sequence, timeout_s)
+
+    async def report(self, report: ReplicaReport) -> int:
+        """As `Control.report`."""
+        return await self._control.report(report)
+
+    async def measurement(self) -> dict[str, Any] | None:
+        """As `Control.measurement`."""
+        return self._control.measurement()
+
+    async def check_health(self) -> None:
+        """Fails, so that Serve starts another controller, if this one has stopped to follow."""
+        if self._task.done():
+            raise RuntimeError("the rollout controller's loop has ended")

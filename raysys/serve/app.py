@@ -1,0 +1,257 @@
+"""The Serve application: one ingress deployment that ranks in-process, one rollout controller.
+
+    serve deploy serve_configs/ranker.yaml
+    curl -d '{"user_id": "alice", "candidates": ["a", "b"]}' \\
+         -H 'Content-Type: application/json' localhost:8000/v1/rank
+
+`create_api` is the HTTP side on a plain FastAPI app, `Ranker` the deployment around it, and `build`
+what a Serve config imports. New model versions never touch that config: replicas follow the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+import raysys
+from raysys.config import load_config
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ledger.log import Log
+from raysys.ledger.records import UpdateCommitted
+from raysys.registry.store import load_version
+from raysys.rollout.controller import RolloutController
+from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.view import RolloutView
+from raysys.serve.feedback import EventWriter
+from raysys.serve.follower import Controller, Follower
+from raysys.serve.metrics import RayMetrics
+from raysys.serve.ranker import ResidentVersions, Servable
+from raysys.serve.replica import Replica
+from raysys.serve.schema import (
+    ApiError,
+    ErrorAnswer,
+    FeedbackAnswer,
+    FeedbackRequest,
+    HealthAnswer,
+    RankAnswer,
+    RankRequest,
+    RolloutAnswer,
+    VersionsAnswer,
+    describe,
+)
+from raysys.serve.service import RankService
+from raysys.storage import Root
+
+LoadVersion = Callable[[Root, UpdateCommitted], Servable]
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
+}
+
+
+def create_api(replica: Replica) -> FastAPI:
+    """Returns the HTTP API of a replica, which starts and stops with it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await replica.start()
+        yield
+        await replica.stop()
+
+    app = FastAPI(
+        title="raysys",
+        version=raysys.__version__,
+        description="Ranks candidates for a shop's users, and takes what came of it.",
+        lifespan=lifespan,
+        responses=_ERRORS,
+    )
+    _add_errors(app)
+    _add_ranking(app, replica.service)
+    _add_status(app, replica)
+    return app
+
+
+def _add_ranking(app: FastAPI, service: RankService) -> None:
+    @app.post("/v1/rank")
+    async def rank(
+        request: RankRequest, x_raysys_version: Annotated[str | None, Header()] = None
+    ) -> RankAnswer:
+        """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
+        return await service.rank(request, x_raysys_version)
+
+    @app.post("/v1/feedback")
+    async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
+        """Stores what the user did with an answer. Send items of its ranking only."""
+        return await service.feedback(request)
+
+
+def _add_status(app: FastAPI, replica: Replica) -> None:
+    service = replica.service
+
+    @app.get("/v1/versions")
+    async def versions() -> VersionsAnswer:
+        """The versions in this replica's memory."""
+        return service.resident()
+
+    @app.get("/v1/rollout")
+    async def rollout() -> RolloutAnswer:
+        """The rollout as this replica follows it, and the controller's newest measurement."""
+        view = service.view
+        return RolloutAnswer(
+            sequence=view.sequence,
+            rollout_id=view.rollout_id,
+            stable=view.stable,
+            canary=view.canary,
+            previous=view.previous,
+            weight_fraction=view.weight_fraction,
+            measurement=await replica.follower.measurement() if view.canary else None,
+        )
+
+    @app.get("/v1/healthz")
+    async def healthz() -> HealthAnswer:
+        """The replica is alive."""
+        return HealthAnswer(status="ok")
+
+    @app.get("/v1/readyz")
+    async def readyz() -> HealthAnswer:
+        """A version is loaded and answers."""
+        if not service.is_ready:
+            missing = service.resident().missing
+            why = "; ".join(missing.values()) or "no version is committed: run an update first"
+            raise ApiError(503, f"not ready: {why}")
+        return HealthAnswer(status="ok")
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Gives every error the one shape, a single line that says what to do."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return _error(error.status, error.message)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _error(*describe(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def bad_request(request: Request, error: HTTPException) -> JSONResponse:
+        place = f"{request.method} {request.url.path}"
+        return _error(error.status_code, f"{place}: {error.detail}; see /docs for what there is")
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        return _error(500, "internal error; the replica's log has the cause")
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": " ".join(message.split())}, status)
+
+
+class _ControllerHandle:
+    """`follower.Controller` by way of Serve."""
+
+    def __init__(self, handle: DeploymentHandle[RolloutController]) -> None:
+        self._handle = handle
+
+    async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
+        view = await self._handle.wait_for_change.remote(known_sequence, timeout_s)
+        assert view is None or isinstance(view, RolloutView)
+        return view
+
+    async def report(self, report: ReplicaReport) -> int:
+        num_held = await self._handle.report.remote(report)
+        assert isinstance(num_held, int)
+        return num_held
+
+    async def measurement(self) -> dict[str, Any] | None:
+        measurement = await self._handle.measurement.remote()
+        assert measurement is None or isinstance(measurement, dict)
+        return measurement
+
+
+class RankerArgs(BaseModel):
+    """`args` of the application in a Serve config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str
+    """Path of the shop's YAML file, the same on every node; relative to Ray's working directory."""
+    feedback_interval_s: Annotated[float, Field(gt=0)] = 1.0
+    """Feedback waits up to so long for its file, and its caller with it: shorter is faster, and
+    makes more and smaller files."""
+    impressions_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """Impressions wait so long for theirs; a replica that is killed loses those that wait."""
+
+
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 0.3},
+    max_ongoing_requests=1000,  # feedback waits for its file, which takes no CPU
+    health_check_period_s=10.0,
+    graceful_shutdown_timeout_s=10.0,
+)
+@serve.ingress()
+class Ranker:
+    """The ingress: HTTP, split, ranking and feedback in one process."""
+
+    def __init__(
+        self,
+        args: RankerArgs,
+        controller: DeploymentHandle[RolloutController],
+        load: LoadVersion = load_version,
+    ) -> None:
+        self._replica = open_replica(args, _ControllerHandle(controller), load)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._replica)
+
+
+def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) -> Replica:
+    """Puts a replica together from a shop's config.
+
+    Raises:
+      ConfigError: The config, or the key file that it names, is not valid.
+    """
+    config = load_config(args.config)
+    root = Root(config.root)
+    log, metrics = Log(root), RayMetrics()
+    impressions = EventWriter(
+        root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
+    )
+    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    service = RankService(
+        replica_id=uuid.uuid4().hex,
+        config=config.rollout,
+        versions=ResidentVersions(lambda name: load(root, log.refresh().versions[name])),
+        pseudonymizer=Pseudonymizer.from_file(config.pseudonyms.key_file),
+        impressions=impressions,
+        feedback=feedback,
+        metrics=metrics,
+    )
+    return Replica(service, Follower(service, log, controller), impressions, feedback)
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """Returns the application that `serve_configs/ranker.yaml` names.
+
+    Raises:
+      ConfigError: The shop's file is not valid; the application is then refused as a whole.
+      ValidationError: `args` is not `RankerArgs`.
+    """
+    parsed = RankerArgs.model_validate(args)
+    load_config(parsed.config)
+    # Serve's decorators are typed to return the class; what they return has `bind`.
+    controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
+    application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
+    return application

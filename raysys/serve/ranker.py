@@ -1,0 +1,183 @@
+"""The versions in a replica's memory: loaded beside the traffic, checked, then swapped in.
+
+    RolloutView -> ResidentVersions.follow() -> load, check -> resident -> score_candidates()
+
+Stable, canary and previous are resident together; what they have in common (the frozen encoder) is
+shared by the process. A version loads in a thread while the others answer, has to pass its check,
+and enters by one assignment, so that no request ever sees half of a change. A canary that does not
+pass is refused for its whole rollout; whatever else does not load is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysys.errors import RaysysError, Transient
+from raysys.ingest.features import ItemTable, UserHistory
+from raysys.rollout.view import RolloutView
+
+RETRY_S = 5.0
+"""Seconds after which a version that could not be loaded is tried again."""
+_NUM_CHECKED_ITEMS = 100
+
+_logger = logging.getLogger(__name__)
+
+
+class Servable(Protocol):
+    """What a replica needs of a version; `registry.store.LoadedVersion` is one."""
+
+    name: str
+    items: ItemTable
+
+    def history(self, user: str) -> UserHistory: ...
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory: ...
+    def knows_query(self, query: str) -> bool: ...
+    def score(
+        self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
+    ) -> NDArray[np.float32]: ...
+    def check_golden(self) -> None: ...
+
+
+Load = Callable[[str], Servable]
+"""Loads a committed version by name. Blocking; raises as `registry.store.load_version`."""
+
+
+class ScoresError(Exception):
+    """A version gave scores that cannot be ranked by."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a version is not resident."""
+
+    rollout_id: str | None
+    reason: str
+    is_final: bool
+    """Not tried again in this rollout: its artifacts or its scores are wrong."""
+    failed_at: float
+
+
+class ResidentVersions:
+    """Loads what a view names, and forgets the rest. Reading it needs no lock."""
+
+    def __init__(self, load: Load, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._load = load
+        self._clock = clock
+        self._resident: Mapping[str, Servable] = {}
+        self._failures: dict[str, Failure] = {}
+
+    def get(self, name: str | None) -> Servable | None:
+        """Returns a version if it is resident."""
+        return self._resident.get(name) if name is not None else None
+
+    def all(self) -> list[Servable]:
+        """Returns the resident versions."""
+        return list(self._resident.values())
+
+    def failures(self) -> dict[str, str]:
+        """Returns version -> reason, of those that could not be loaded."""
+        return {name: failure.reason for name, failure in self._failures.items()}
+
+    def refusal(self, view: RolloutView) -> str | None:
+        """Returns why the canary of this rollout did not pass its check, None if it may."""
+        failure = self._failures.get(view.canary or "")
+        return failure.reason if failure and failure.is_final else None
+
+    async def follow(self, view: RolloutView) -> None:
+        """Loads the versions of a view that are due, most needed first, and drops all others.
+
+        Call it again and again: what cannot be loaded now is noted and tried again later.
+        """
+        names = [name for name in (view.stable, view.canary, view.previous) if name is not None]
+        self._failures = {
+            name: failure
+            for name, failure in self._failures.items()
+            if name in names and (not failure.is_final or _still_refused(failure, name, view))
+        }
+        for name in dict.fromkeys(names):
+            if name not in self._resident and self._is_due(name):
+                await self._try(name, view)
+        # The old stable goes on answering until the new one can.
+        if view.stable in self._resident:
+            self._resident = {n: v for n, v in self._resident.items() if n in names}
+
+    def _is_due(self, name: str) -> bool:
+        failure = self._failures.get(name)
+        if failure is None:
+            return True
+        return not failure.is_final and self._clock() - failure.failed_at >= RETRY_S
+
+    async def _try(self, name: str, view: RolloutView) -> None:
+        try:
+            version = await asyncio.to_thread(self._load_checked, name)
+        except Exception as error:
+            self._note(name, view, error)
+            return
+        self._failures.pop(name, None)
+        self._resident = {**self._resident, name: version}
+        _logger.info("version %s is resident", name)
+
+    def _load_checked(self, name: str) -> Servable:
+        version = self._load(name)
+        version.check_golden()
+        num_items = min(len(version.items), _NUM_CHECKED_ITEMS)
+        score(version, UserHistory.empty(), np.arange(num_items, dtype=np.int32), time.time(), None)
+        return version
+
+    def _note(self, name: str, view: RolloutView, error: Exception) -> None:
+        # Only what may pass by itself is tried again for a canary. Stable has to answer, so its
+        # artifacts are looked at again: someone may restore them.
+        may_pass = isinstance(error, Transient | OSError)
+        kind = "" if isinstance(error, RaysysError) else f"{type(error).__name__}: "
+        self._failures[name] = Failure(
+            rollout_id=view.rollout_id,
+            reason=f"version {name} cannot be served: {kind}{' '.join(str(error).split())}",
+            is_final=name == view.canary and not may_pass,
+            failed_at=self._clock(),
+        )
+        _logger.warning("%s", self._failures[name].reason, exc_info=not may_pass)
+
+
+def _still_refused(failure: Failure, name: str, view: RolloutView) -> bool:
+    return name == view.canary and failure.rollout_id == view.rollout_id
+
+
+def score(
+    version: Servable,
+    history: UserHistory,
+    candidates: NDArray[np.int32],
+    now: float,
+    query: str | None,
+) -> NDArray[np.float32]:
+    """Returns the version's scores, (num_candidates,).
+
+    Raises:
+      ScoresError: They are of another number than the candidates, or not all finite.
+    """
+    scores = version.score(history, candidates, now=now, query=query)
+    if scores.shape != candidates.shape:
+        raise ScoresError(
+            f"version {version.name} gave scores of shape {scores.shape} for "
+            f"{len(candidates)} candidates"
+        )
+    if not np.isfinite(scores).all():
+        raise ScoresError(f"version {version.name} gave scores that are not finite")
+    return scores
+
+
+def rank_order(item_ids: Sequence[str], scores: NDArray[np.float32]) -> list[int]:
+    """Returns places in `item_ids`, best first. Equal scores go by item id, in any order given.
+
+    >>> rank_order(["b", "c", "a"], np.array([1, 2, 1], np.float32))
+    [1, 2, 0]
+    """
+    falling = (-scores).tolist()
+    return sorted(range(len(item_ids)), key=lambda i: (falling[i], item_ids[i]))

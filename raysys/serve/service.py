@@ -1,0 +1,344 @@
+"""The ranking service of one replica, without HTTP and without Ray.
+
+    RankRequest -> split -> resident version -> scores -> RankAnswer, impression rows, tally
+    FeedbackRequest -> signed request id -> durable rows -> tally
+
+Nothing on the way of a request waits for the controller, and only feedback waits for the object
+store. A canary that fails on a request is counted as bad, and stable answers in its place: a canary
+cannot cost the shop a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from raysys.config import RolloutConfig
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.rollout.counters import Arm
+from raysys.rollout.view import RolloutView
+from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
+from raysys.serve.metrics import Metrics, Outcome
+from raysys.serve.ranker import ResidentVersions, ScoresError, Servable, rank_order, score
+from raysys.serve.request_id import RequestIds, RequestTag, new_nonce
+from raysys.serve.router import analysis_bucket, assign
+from raysys.serve.schema import (
+    ApiError,
+    FeedbackAnswer,
+    FeedbackRequest,
+    RankAnswer,
+    RankedItem,
+    RankRequest,
+    ResidentVersion,
+    VersionsAnswer,
+    name_some,
+)
+from raysys.serve.tally import Tally
+
+NO_VIEW = RolloutView(
+    sequence=0, rollout_id=None, stable=None, canary=None, previous=None, weight_fraction=0.0
+)
+"""Before the ledger was read."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Choice:
+    """Which version is to answer a request."""
+
+    version: Servable
+    fallback: Servable | None = None
+    """Answers if `version` fails."""
+    arm: Arm = "stable"
+    is_counted: bool = False
+    outcome: Outcome = "ok"
+    """If all goes well."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Ranked:
+    version: Servable
+    ranking: list[RankedItem]
+    unknown: list[str]
+
+
+class RankService:
+    """Answers requests with the resident versions. For one event loop."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: str,
+        config: RolloutConfig,
+        versions: ResidentVersions,
+        pseudonymizer: Pseudonymizer,
+        impressions: EventWriter,
+        feedback: EventWriter,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.versions = versions
+        self.view = NO_VIEW
+        self.tally: Tally | None = None
+        """Counts of the rollout on trial, None if there is none."""
+        self._replica_id = replica_id
+        self._config = config
+        self._pseudonymizer = pseudonymizer
+        self._ids = RequestIds(pseudonymizer.key)
+        self._impressions = impressions
+        self._feedback = feedback
+        self._metrics = metrics
+        self._clock = clock
+
+    def adopt(self, view: RolloutView) -> None:
+        """Follows a view from now on, unless it is older than the present one."""
+        if view.sequence < self.view.sequence:
+            return
+        self.view = view
+        if view.canary is None or view.rollout_id is None:
+            self.tally = None
+        elif self.tally is None or self.tally.rollout_id != view.rollout_id:
+            self.tally = Tally(self._replica_id, view.rollout_id, self._config)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a version can answer."""
+        return self._stable() is not None
+
+    def report_state(self) -> None:
+        """Tells the metrics the rollout's weight and the versions in memory."""
+        self._metrics.state(
+            weight_fraction=self.view.weight_fraction,
+            resident=[version.name for version in self.versions.all()],
+        )
+
+    async def rank(self, request: RankRequest, forced_version: str | None = None) -> RankAnswer:
+        """Ranks the candidates of a request.
+
+        Args:
+          forced_version: Name of the version that is to answer; the request is not counted then.
+
+        Raises:
+          ApiError: 404 the forced version is not resident, 422 unknown candidates, 500 no version
+            could score, 503 no version is loaded.
+        """
+        started, now = time.perf_counter(), self._clock()
+        nonce = new_nonce()
+        key = request.user_id or request.request_id or nonce
+        choice = self._choose(key, forced_version)
+        tag = self._tag(nonce, key, request, choice, now)
+        try:
+            ranked, outcome = await self._rank_or_fall_back(request, tag, choice, now)
+        except ScoresError as error:
+            _logger.exception("a request failed")
+            self._count(tag, "failed", started)
+            raise ApiError(500, f"{error}; the replica's log has the cause") from error
+        tag = dataclasses.replace(tag, version=ranked.version.name)
+        answer = RankAnswer(
+            request_id=self._ids.sign(tag),
+            version=tag.version,
+            ranking=ranked.ranking,
+            unknown_candidates=ranked.unknown,
+        )
+        self._add_impressions(answer, tag, request, now)
+        self._count(tag, outcome, started)
+        return answer
+
+    async def feedback(self, request: FeedbackRequest) -> FeedbackAnswer:
+        """Stores what came of an answer; returns once that is durable.
+
+        Raises:
+          ApiError: 404 the request id is none of ours, 422 another user's, 503 not stored.
+        """
+        tag = self._ids.read(request.request_id)
+        if tag is None:
+            raise ApiError(
+                404,
+                f"request_id {name_some([request.request_id])} is not the id of an answer; send "
+                "the request_id that POST /v1/rank answered with",
+            )
+        if (
+            tag.has_user
+            and request.user_id is not None
+            and self._pseudonymizer.pseudonym(request.user_id) != tag.pseudonym
+        ):
+            raise ApiError(
+                422, "user_id: is not the user of the request; leave it out, or send that user's"
+            )
+        rows = feedback_rows(
+            tag, request, now=self._clock(), user_key_id=self._pseudonymizer.key_id
+        )
+        try:
+            await self._feedback.write(rows)
+        except Exception as error:
+            raise ApiError(503, "the feedback could not be stored; send it again") from error
+        if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
+            self.tally.converted(tag)
+        self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
+        return FeedbackAnswer(accepted=len(rows))
+
+    def resident(self) -> VersionsAnswer:
+        """Says which versions are in memory, and which are not and why."""
+        roles: dict[Literal["stable", "canary", "previous"], str | None] = {
+            "stable": self.view.stable,
+            "canary": self.view.canary,
+            "previous": self.view.previous,
+        }
+        resident = [
+            ResidentVersion(
+                version=version.name,
+                roles=[role for role, name in roles.items() if name == version.name],
+                num_items=len(version.items),
+            )
+            for version in self.versions.all()
+        ]
+        names = {version.version for version in resident}
+        wanted = dict.fromkeys(name for name in roles.values() if name and name not in names)
+        failures = self.versions.failures()
+        missing = {name: failures.get(name, "is being loaded") for name in wanted}
+        return VersionsAnswer(versions=resident, missing=missing)
+
+    def _stable(self) -> Servable | None:
+        """Stable, or what was stable until its successor is loaded."""
+        named = self.versions.get(self.view.stable) or self.versions.get(self.view.previous)
+        return named or next(iter(self.versions.all()), None)
+
+    def _choose(self, sticky_key: str, forced_version: str | None) -> _Choice:
+        view, stable = self.view, self._stable()
+        if forced_version is not None:
+            return self._forced(forced_version)
+        if stable is None:
+            raise ApiError(503, "no version is loaded yet; retry when GET /v1/readyz says ok")
+        if view.canary is None or view.rollout_id is None:
+            return _Choice(version=stable)
+        canary = self.versions.get(view.canary)
+        arm = assign(sticky_key, rollout_id=view.rollout_id, weight_fraction=view.weight_fraction)
+        if canary is None:
+            outcome: Outcome = "ok" if arm == "stable" else "canary_not_loaded"
+            return _Choice(version=stable, arm=arm, outcome=outcome)
+        # Neither side counts before both can answer: they are compared over the same time.
+        is_counted = stable.name == view.stable
+        if arm == "stable":
+            return _Choice(version=stable, is_counted=is_counted)
+        return _Choice(version=canary, fallback=stable, arm=arm, is_counted=is_counted)
+
+    def _forced(self, name: str) -> _Choice:
+        version = self.versions.get(name)
+        if version is None:
+            known = ", ".join(v.name for v in self.versions.all()) or "none yet"
+            raise ApiError(
+                404,
+                f"X-Raysys-Version: version {name_some([name])} is not resident; resident: {known}",
+            )
+        return _Choice(version=version, outcome="forced")
+
+    def _tag(
+        self, nonce: str, key: str, request: RankRequest, choice: _Choice, now: float
+    ) -> RequestTag:
+        has_user = request.user_id is not None
+        return RequestTag(
+            nonce=nonce,
+            answered_at=now,
+            version=choice.version.name,
+            surface=request.surface,
+            # A session is no user: it must not share the pseudonym of a user of the same id.
+            pseudonym=self._pseudonymizer.pseudonym(key if has_user else f"\0anonymous {key}"),
+            has_user=has_user,
+            rollout_id=self.view.rollout_id if choice.is_counted else None,
+            arm=choice.arm,
+            bucket=analysis_bucket(key),
+        )
+
+    async def _rank_or_fall_back(
+        self, request: RankRequest, tag: RequestTag, choice: _Choice, now: float
+    ) -> tuple[_Ranked, Outcome]:
+        try:
+            return await self._rank_with(choice.version, request, tag, now), choice.outcome
+        except ScoresError:
+            if choice.fallback is None:
+                raise
+            _logger.exception("stable answers a request in the canary's place")
+            return await self._rank_with(choice.fallback, request, tag, now), "canary_failed"
+
+    async def _rank_with(
+        self, version: Servable, request: RankRequest, tag: RequestTag, now: float
+    ) -> _Ranked:
+        places = {item: version.items.index_of(item) for item in request.candidates}
+        unknown = [item for item, place in places.items() if place is None]
+        if unknown:
+            self._check_unknown(version, unknown, len(places))
+        known = [item for item, place in places.items() if place is not None]
+        candidates = np.array([place for place in places.values() if place is not None], np.int32)
+        when = now if request.ts is None else request.ts
+
+        def scores_of() -> list[RankedItem]:
+            history = (
+                version.history(tag.pseudonym)
+                if request.history is None
+                else version.history_of(request.history, when)
+            )
+            scores = score(version, history, candidates, when, request.query or None)
+            order = rank_order(known, scores)[: request.k]
+            return [
+                RankedItem(item_id=known[i], score=float(scores[i]), rank=rank)
+                for rank, i in enumerate(order, 1)
+            ]
+
+        try:
+            if request.query and not version.knows_query(request.query):
+                ranking = await asyncio.to_thread(scores_of)  # the text encoder takes its time
+            else:
+                ranking = scores_of()
+        except ScoresError:
+            raise
+        except Exception as error:
+            raise ScoresError(f"version {version.name} could not score the request") from error
+        return _Ranked(version=version, ranking=ranking, unknown=unknown)
+
+    def _check_unknown(self, version: Servable, unknown: list[str], num_candidates: int) -> None:
+        """Tells the caller's mistake, the version's fault, and an item that is newer than it."""
+        others = [other for other in self.versions.all() if other is not version]
+        nowhere = [item for item in unknown if all(o.items.index_of(item) is None for o in others)]
+        if nowhere or (len(unknown) == num_candidates and version.name != self.view.canary):
+            raise ApiError(
+                422,
+                f"candidates: {name_some(nowhere or unknown)} are not in the catalogue of version "
+                f"{version.name}; leave them out until an update has read their item rows",
+            )
+        stable = self.versions.get(self.view.stable)
+        if version.name == self.view.canary and stable is not None:
+            lost = [item for item in unknown if stable.items.index_of(item) is not None]
+            if lost:
+                raise ScoresError(f"canary {version.name} lacks items of stable: {name_some(lost)}")
+
+    def _add_impressions(
+        self, answer: RankAnswer, tag: RequestTag, request: RankRequest, now: float
+    ) -> None:
+        self._impressions.add(
+            impression_rows(
+                tag,
+                answer.request_id,
+                answer.ranking,
+                ts=now if request.ts is None else request.ts,
+                query=request.query,
+                user_key_id=self._pseudonymizer.key_id,
+            )
+        )
+
+    def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
+        latency_ms = (time.perf_counter() - started) * 1000
+        if outcome == "ok" and latency_ms > self._config.latency_slo_ms:
+            outcome = "slow"
+        is_bad = outcome not in ("ok", "forced", "canary_not_loaded")
+        if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
+            self.tally.answered(tag, bad=is_bad)
+        self._metrics.ranked(
+            version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
+        )

@@ -1,0 +1,47 @@
+"""One local Ray for the session, started as production starts it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# Ray reads these when it is imported, and passes them to the processes it starts. pytest imports
+# this file before any test beside it. The ports of HAProxy itself are fixed otherwise, and a demo
+# that runs on the same machine has them.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_PORT", _free_port())
+os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", _free_port())
+os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray, in which tasks and actors take fractions of two CPUs."""
+    import ray
+
+    ray.init(
+        address="local",  # never one that happens to run on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

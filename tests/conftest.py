@@ -1,0 +1,90 @@
+"""Roots for all tests: a local folder, and a real S3 server that is spoken to over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raysys.storage import Root
+
+BUCKET = "raysys-test"
+SERVE_S3 = """
+import os, sys, threading
+def follow_the_tests():  # also when they are killed: their end of the pipe closes then
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=follow_the_tests, daemon=True).start()
+from moto.server import main
+main(["-H", "127.0.0.1", "-p", sys.argv[1]])
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_root() -> Iterator[str]:
+    """URI of an empty bucket on a local S3 server; AWS_* point every client and child to it."""
+    port = _free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE_S3, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", endpoint)
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            _create_bucket(endpoint, server)
+            yield f"s3://{BUCKET}"
+    finally:
+        os.kill(server.pid, signal.SIGTERM)
+        server.communicate(timeout=10)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    """An empty root of each kind."""
+    if request.param == "local":
+        return Root((tmp_path / "root").as_uri())
+    bucket: str = request.getfixturevalue("s3_root")
+    return Root(f"{bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def local_root(tmp_path: Path) -> Root:
+    """An empty local root, for what does not depend on the store."""
+    return Root((tmp_path / "root").as_uri())
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _create_bucket(endpoint: str, server: subprocess.Popen[bytes]) -> None:
+    request = urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")
+    deadline = time.monotonic() + 60
+    while True:
+        assert server.poll() is None, f"the S3 server ended with {server.returncode}"
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, "the S3 server did not start within 60 s"
+            time.sleep(0.1)

@@ -1,0 +1,186 @@
+"""A replica without Ray: small versions whose scores are known, and a controller in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from fastapi.testclient import TestClient
+
+from raysys.config import RolloutConfig
+from raysys.ingest.features import UserHistory
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ledger.log import Log
+from raysys.ledger.records import Record, UpdateCommitted
+from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.view import RolloutView
+from raysys.serve.app import create_api
+from raysys.serve.feedback import EventWriter
+from raysys.serve.follower import Follower
+from raysys.serve.metrics import Outcome
+from raysys.serve.ranker import ResidentVersions
+from raysys.serve.replica import Replica
+from raysys.serve.service import RankService
+from raysys.storage import Root
+
+ITEMS = ("apple", "bread", "cheese", "dates")
+
+
+class FakeItems:
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = list(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def index_of(self, item_id: str) -> int | None:
+        return self.ids.index(item_id) if item_id in self.ids else None
+
+
+class FakeVersion:
+    """Scores an item by its place in the catalogue; what the user knows goes first."""
+
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[str] = ITEMS,
+        *,
+        score: Callable[[np.ndarray], np.ndarray] | None = None,
+        golden: Exception | None = None,
+    ) -> None:
+        self.name = name
+        self.items: Any = FakeItems(items)
+        self._score = score
+        self._golden = golden
+        self.users: list[str] = []
+        self.queries: list[str | None] = []
+        self.times: list[float] = []
+
+    def history(self, user: str) -> UserHistory:
+        self.users.append(user)
+        return UserHistory.empty()
+
+    def history_of(self, item_ids: Sequence[str], now: float) -> Any:
+        return [self.items.index_of(item) for item in item_ids]
+
+    def knows_query(self, query: str) -> bool:
+        return query in self.queries
+
+    def score(
+        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+    ) -> np.ndarray:
+        self.queries.append(query)
+        self.times.append(now)
+        scores = -candidates.astype(np.float32)
+        if isinstance(history, list):
+            scores += 100 * np.isin(candidates, history)
+        return self._score(scores) if self._score else scores
+
+    def check_golden(self) -> None:
+        if self._golden is not None:
+            raise self._golden
+
+
+def load_fake(root: Root, record: UpdateCommitted) -> FakeVersion:
+    """Stands for `registry.store.load_version`, in other processes too."""
+    assert record.version is not None
+    return FakeVersion(record.version)
+
+
+class FakeMetrics:
+    def __init__(self) -> None:
+        self.outcomes: list[tuple[str, Outcome]] = []
+        self.num_feedback = 0
+        self.num_dropped = 0
+        self.resident: set[str] = set()
+
+    def ranked(self, *, version: str, surface: str, outcome: Outcome, latency_ms: float) -> None:
+        self.outcomes.append((version, outcome))
+
+    def feedback(self, *, version: str, surface: str, num_events: int) -> None:
+        self.num_feedback += num_events
+
+    def dropped(self, num_events: int) -> None:
+        self.num_dropped += num_events
+
+    def state(self, *, weight_fraction: float, resident: Iterable[str]) -> None:
+        self.resident = set(resident)
+
+
+class FakeController:
+    """Gives the views that it is told to give, and keeps reports."""
+
+    def __init__(self) -> None:
+        self.views: asyncio.Queue[RolloutView] = asyncio.Queue()
+        self.reports: list[ReplicaReport] = []
+        self.num_held = 0
+        self.is_away = False
+
+    async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
+        self._check()
+        return await self.views.get()
+
+    async def report(self, report: ReplicaReport) -> int:
+        self._check()
+        self.reports.append(report)
+        self.num_held = report.first_conversion + len(report.conversions)
+        return self.num_held
+
+    async def measurement(self) -> dict[str, Any] | None:
+        self._check()
+        return {"phase": "inconclusive"}
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise ConnectionError("the actor died")
+
+
+class FakeReplica:
+    """A replica over a real ledger, with fake versions."""
+
+    def __init__(
+        self,
+        root: Root,
+        versions: Mapping[str, FakeVersion | Exception],
+        records: Iterable[Record] = (),
+        config: RolloutConfig | None = None,
+    ) -> None:
+        self.root = root
+        self.log = Log(root)
+        self.available = dict(versions)
+        self.controller = FakeController()
+        self.metrics = FakeMetrics()
+        self.pseudonymizer = Pseudonymizer(b"0123456789abcdef")
+        for record in records:
+            self.append(record)
+        impressions = EventWriter(root, "impressions", interval_s=0.01)
+        feedback = EventWriter(root, "feedback", interval_s=0.01)
+        self.service = RankService(
+            replica_id="replica-1",
+            config=config or RolloutConfig(),
+            versions=ResidentVersions(self._load),
+            pseudonymizer=self.pseudonymizer,
+            impressions=impressions,
+            feedback=feedback,
+            metrics=self.metrics,
+        )
+        follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
+        self.replica = Replica(self.service, follower, impressions, feedback)
+
+    def append(self, record: Record) -> None:
+        self.log.transact(lambda state: record)
+
+    @contextmanager
+    def client(self) -> Iterator[TestClient]:
+        """The HTTP API, from its start to its end."""
+        with TestClient(create_api(self.replica), raise_server_exceptions=False) as client:
+            yield client
+
+    def _load(self, name: str) -> Any:
+        version = self.available[name]
+        if isinstance(version, Exception):
+            raise version
+        return version

@@ -1,0 +1,173 @@
+"""Builders of records, and what several tests measure by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysys.ledger.records import (
+    Entry,
+    FileRef,
+    LeaseRenewed,
+    PartitionRef,
+    PrivacySpend,
+    Record,
+    RolloutChanged,
+    UpdateAbandoned,
+    UpdateCommitted,
+    UpdateStarted,
+)
+from raysys.ledger.state import State
+from raysys.storage import Root
+
+SPEND = PrivacySpend(
+    num_steps=15,
+    sampling_prob=0.25,
+    noise_multiplier=4.0,
+    num_count_releases=1,
+    count_noise_multiplier=10.0,
+)
+
+
+def partition(day: str, *names: str, etag: str = "e") -> PartitionRef:
+    """A partition of a day, `2017-03-01`, with files of these names."""
+    key = f"events/dt={day}"
+    files = tuple(
+        FileRef(path=f"{key}/{name}", size_bytes=1, etag=etag) for name in names or ("a.parquet",)
+    )
+    return PartitionRef(key=key, files=files)
+
+
+def item_file(name: str = "items.parquet", etag: str = "e") -> FileRef:
+    return FileRef(path=f"items/{name}", size_bytes=1, etag=etag)
+
+
+def started(update_id: str = "u0001-aaaaaa", **changes: Any) -> UpdateStarted:
+    """A private update of one partition."""
+    record = UpdateStarted(
+        update_id=update_id,
+        owner="host:1",
+        lease_expires_at=20.0,
+        partitions=(partition("2017-03-01"),),
+        item_files=(),
+        base_version=None,
+        base_state=None,
+        config_hash="0" * 64,
+        user_key_id="key",
+        seed=0,
+        private=True,
+        reserved=SPEND,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def renewed(update_id: str = "u0001-aaaaaa", **changes: Any) -> LeaseRenewed:
+    record = LeaseRenewed(update_id=update_id, owner="host:1", lease_expires_at=40.0)
+    return dataclasses.replace(record, **changes)
+
+
+def abandoned(update_id: str = "u0001-aaaaaa", reason: str = "lease expired") -> UpdateAbandoned:
+    return UpdateAbandoned(update_id=update_id, reason=reason)
+
+
+def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommitted:
+    """The commit of all that `start` reserved; `version=None` makes a held one."""
+    start = start or started()
+    if "version" in changes and changes["version"] is None:
+        changes = {"verdict": "held", "reason": "the gate held it back", **changes}
+    days = [p.key.rpartition("=")[2] for p in start.partitions]
+    record = UpdateCommitted(
+        update_id=start.update_id,
+        owner=start.owner,
+        version=f"v{start.update_id[1:]}",
+        verdict="passed",
+        reason="better",
+        base_version=start.base_version,
+        partitions=start.partitions,
+        item_files=start.item_files,
+        watermark=max(days, default="2017-03-01"),
+        num_rows=1,
+        num_users=1,
+        row_counts={"used": 1},
+        quarantined_files={},
+        artifacts={},
+        metrics={},
+        config_hash=start.config_hash,
+        seed=start.seed,
+        private=start.private,
+        spent=start.reserved,
+        seconds=1.0,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def rollout(phase: str = "canary", **changes: Any) -> RolloutChanged:
+    on_trial = phase == "canary"
+    values: dict[str, Any] = {
+        "rollout_id": "r0001",
+        "phase": phase,
+        "stable": "v0001-aaaaaa",
+        "canary": "v0002-bbbbbb" if on_trial else None,
+        "previous": None,
+        "weight_fraction": 0.2 if on_trial else 0.0,
+        "actor": "operator",
+        "reason": "try it",
+        "measurement": None,
+    }
+    return RolloutChanged(**{**values, **changes})
+
+
+def entries(records: Iterable[Record], *, first: int = 1, at: float = 0.0) -> list[Entry]:
+    """The records in their places, one second apart."""
+    return [Entry(sequence=first + i, at=at + i, record=record) for i, record in enumerate(records)]
+
+
+def folded(*records: Record) -> State:
+    """The state after these records."""
+    state = State()
+    for entry in entries(records):
+        state = state.apply(entry)
+    return state
+
+
+def file_uses(commits: Sequence[UpdateCommitted]) -> dict[str, list[str]]:
+    """Path of each consumed event file -> the updates that consumed it. Exactly-once: one each."""
+    uses: dict[str, list[str]] = {}
+    for commit in commits:
+        for part in commit.partitions:
+            for file in part.files:
+                uses.setdefault(file.path, []).append(commit.update_id)
+    return uses
+
+
+class OverwritingRoot(Root):
+    """A broken store for negative controls: it has no conditional write, so every writer wins."""
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        self.put(path, data)
+        return True
+
+
+class FakeClock:
+    """Time that passes only by `sleep` and `advance`."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    advance = sleep
+
+
+def write_config(folder: Path, root_uri: str, extra: str = "") -> Path:
+    """A config file with a key file beside it."""
+    (folder / "key").write_bytes(b"0123456789abcdef")
+    path = folder / "shop.yaml"
+    path.write_text(f"root: {root_uri}\npseudonyms:\n  key_file: key\n{extra}")
+    return path

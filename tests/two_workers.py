@@ -1,0 +1,94 @@
+"""What two gloo ranks do, run by `tests/unit/conftest.py` as two processes.
+
+python -m tests.two_workers RANK FOLDER ENCODER -> FOLDER/rank<RANK>.npz
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raysys.model.encoder import TextEncoder
+from raysys.privacy.plan import PrivacyPlan
+from raysys.train.loop import TrainJob, train_on_shards
+from tests import tiny_shop
+
+NUM_COORDINATES = 250_000
+NUM_USERS, NUM_STEPS = 10_000, 50
+SAMPLING_PROB = 0.0256
+WORLD_SIZE = 2
+
+
+def step_gradient(
+    plan: PrivacyPlan, grad_sample: torch.Tensor, *, num_workers: int
+) -> NDArray[np.float32]:
+    """Returns what one step hands to the inner optimizer for per-user gradients (U, n)."""
+    parameter = torch.nn.Parameter(torch.zeros(grad_sample.shape[1]))
+    optimizer = plan.optimizer(torch.optim.SGD([parameter], lr=1.0), num_workers=num_workers)
+    parameter.grad_sample = grad_sample.clone()  # type: ignore[attr-defined]
+    optimizer.step()
+    assert parameter.grad is not None
+    return parameter.grad.numpy().copy()
+
+
+def gradients_of_users() -> torch.Tensor:
+    """Per-user gradients (U, n) of ten users, of norms from 0.01 to 1e4."""
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.nn.functional.normalize(torch.randn(10, 50, generator=generator), dim=1)
+    return directions * torch.logspace(-2, 4, 10)[:, None]
+
+
+def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
+    torch.manual_seed(0)  # a seed that all share must not make noise repeat
+    noisy = tiny_shop.plan(noise_multiplier=2.0, l2_clip_norm=3.0)
+    nobody = torch.zeros(0, NUM_COORDINATES)
+    quiet = tiny_shop.plan(noise_multiplier=0.0)
+    sampler = tiny_shop.plan(sampling_prob=SAMPLING_PROB, num_steps=NUM_STEPS).sampler(NUM_USERS)
+    masks = np.zeros((NUM_STEPS, NUM_USERS), np.float32)
+    for mask, users in zip(masks, sampler, strict=True):
+        mask[users] = 1
+    return {
+        "first_noise": step_gradient(noisy, nobody, num_workers=WORLD_SIZE),
+        "second_noise": step_gradient(noisy, nobody, num_workers=WORLD_SIZE),
+        "clipped": step_gradient(quiet, gradients_of_users()[rank::2], num_workers=WORLD_SIZE),
+        "masks": masks,
+        **_trained("both", encoder, rank, has_users=True),
+        **_trained("one", encoder, rank, has_users=rank == 0),
+    }
+
+
+def _trained(
+    name: str, encoder: str, rank: int, *, has_users: bool
+) -> dict[str, NDArray[np.float32]]:
+    job: TrainJob = tiny_shop.train_job(encoder)
+    shards = [tiny_shop.shard(tiny_shop.outcomes(12, seed=rank)).examples] if has_users else []
+    activations = TextEncoder(encoder, job.model.max_tokens).activations(tiny_shop.distinct_texts())
+    trained = train_on_shards(
+        job,
+        shards,
+        activations.select(tiny_shop.distinct_texts()),
+        num_workers=WORLD_SIZE,
+        on_step=lambda step: None,
+    )
+    return {
+        f"{name}_merged": trained.merged_weight,
+        f"{name}_skip": trained.head.weights["skip.weight"],
+    }
+
+
+def main(rank: int, folder: Path, encoder: str) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=WORLD_SIZE
+    )
+    results = _results(rank, encoder)
+    torch.distributed.destroy_process_group()
+    np.savez(folder / f"rank{rank}.npz", **results)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

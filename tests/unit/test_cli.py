@@ -1,0 +1,389 @@
+"""The command line: what it shows, what it refuses, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import raysys.doctor
+from raysys.cli import app
+from raysys.errors import ConfigError, StorageUnavailableError
+from raysys.ledger.log import Log
+from raysys.ledger.records import PrivacySpend, Record
+from raysys.storage import Root
+from tests.helpers import SPEND, abandoned, committed, partition, started, write_config
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+METRICS = {"before": {"ndcg10": {"mean": 0.3}}, "after": {"ndcg10": {"mean": 0.3125}}}
+FIRST = started("u0001-aaaaaa", partitions=(partition("2017-03-01"), partition("2017-03-02")))
+SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-03"),), base_version="v0001-aaaaaa")
+THIRD = started("u0003-cccccc", partitions=(partition("2017-03-04"),))
+TWO_VERSIONS: tuple[Record, ...] = (
+    FIRST,
+    committed(FIRST, metrics=METRICS),
+    SECOND,
+    committed(SECOND, metrics=METRICS),
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path, root: Root) -> Path:
+    return write_config(tmp_path, root.uri)
+
+
+@pytest.fixture
+def local_config(tmp_path: Path, local_root: Root) -> Path:
+    return write_config(tmp_path, local_root.uri)
+
+
+def append(root: Root, *records: Record) -> None:
+    log = Log(root)
+    for record in records:
+        log.transact(lambda state, record=record: record)  # type: ignore[misc]
+
+
+def run(config: Path, *args: str) -> Result:
+    return CliRunner().invoke(app, [*args, "--config", str(config)])
+
+
+def text(config: Path, *args: str) -> str:
+    result = run(config, *args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def body(config: Path, *args: str) -> dict[str, Any]:
+    """The one JSON object that the command prints."""
+    found = json.loads(text(config, *args, "--json"))
+    assert isinstance(found, dict)
+    return found
+
+
+def refusal(config: Path, *args: str, exit_code: int = 1) -> str:
+    """The one line of a refused command."""
+    result = run(config, *args)
+    assert result.exit_code == exit_code and result.stdout == ""
+    assert result.stderr.startswith("raysys: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+class TestStatus:
+    def test_of_an_empty_root_is_all_none(self, config: Path) -> None:
+        found = body(config, "status")
+        assert found["num_records"] == 0 and found["active"] is None
+        assert found["rollout"]["stable"] is None
+        assert "newest none" in text(config, "status")
+
+    def test_tells_versions_watermark_and_rollout(self, config: Path, root: Root) -> None:
+        append(root, *TWO_VERSIONS, THIRD, abandoned("u0003-cccccc"))
+        found = body(config, "status")
+        assert (found["num_committed"], found["num_abandoned"], found["num_versions"]) == (2, 1, 2)
+        assert found["num_partitions"] == 3 and found["watermark"] == "2017-03-03"
+        assert found["head_version"] == "v0002-bbbbbb" and found["private"] is True
+        assert found["rollout"]["stable"] == "v0001-aaaaaa"
+        shown = text(config, "status")
+        assert "2 committed, 1 abandoned, 3 partitions up to 2017-03-03" in shown
+        assert "stable     v0001-aaaaaa" in shown and "NOT PRIVATE" not in shown
+
+    def test_tells_who_runs_an_update(self, local_config: Path, local_root: Root) -> None:
+        append(local_root, FIRST)
+        active = body(local_config, "status")["active"]
+        assert active["update_id"] == "u0001-aaaaaa" and active["owner"] == "host:1"
+        assert "running    u0001-aaaaaa by host:1, lease expired" in text(local_config, "status")
+
+    def test_says_not_private_of_an_update_without_privacy(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        public = started(private=False, reserved=None)
+        append(local_root, public, committed(public))
+        assert body(local_config, "status")["private"] is False
+        for command in ("status", "budget", "versions"):
+            assert "NOT PRIVATE" in text(local_config, command)
+            assert "Updates: u0001-aaaaaa" in text(local_config, command)
+
+
+class TestPlan:
+    def test_shows_what_is_new_and_changes_nothing(self, config: Path, root: Root) -> None:
+        for day, size in (("2017-03-01", 10), ("2017-03-02", 20)):
+            root.put(f"events/dt={day}/a.parquet", b"x" * size)
+        root.put("items/a.parquet", b"")
+        before = root.list("")
+        found = body(config, "plan")
+        assert [p["key"] for p in found["partitions"]] == [
+            "events/dt=2017-03-01",
+            "events/dt=2017-03-02",
+        ]
+        assert found["size_bytes"] == 30 and found["num_item_files"] == 1
+        assert found["base_version"] is None and found["watermark"] == "2017-03-02"
+        assert "2 partitions and 1 item files are new" in text(config, "plan")
+        assert root.list("") == before
+
+    def test_without_anything_new_is_one_line(self, config: Path, root: Root) -> None:
+        assert "write parquet files to events/dt=YYYY-MM-DD/" in refusal(config, "plan")
+        assert root.list("") == []
+
+    def test_of_a_misnamed_folder_names_it(self, local_config: Path, local_root: Root) -> None:
+        local_root.put("events/march/a.parquet", b"")
+        assert "folder events/march" in refusal(local_config, "plan")
+
+
+class TestBudget:
+    @pytest.fixture(autouse=True)
+    def _epsilon_is_the_number_of_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Composes by counting: the accountant has tests of its own, and takes seconds."""
+
+        def count(spends: list[PrivacySpend], delta: float) -> float:
+            return float(sum(spend.num_steps for spend in spends)) / 10
+
+        monkeypatch.setattr("raysys.privacy.budget.epsilon", count)
+
+    def test_states_unit_relation_delta_and_accountant_even_before_the_first_update(
+        self, local_config: Path
+    ) -> None:
+        shown = text(local_config, "budget")
+        assert "unit: a user; neighbours: add or remove one user; delta 0.0001" in shown
+        assert "accountant: PLD" in shown and "epsilon 0.000 of 8 spent, 8.000 left" in shown
+
+    def test_lists_each_update_with_its_share(self, local_config: Path, local_root: Root) -> None:
+        cheap = dataclasses.replace(SPEND, num_steps=5)
+        append(local_root, FIRST, committed(FIRST, spent=cheap), SECOND)
+        found = body(local_config, "budget")
+        assert [(u["update_id"], u["status"], u["epsilon_alone"]) for u in found["updates"]] == [
+            ("u0001-aaaaaa", "committed", 0.5),
+            ("u0002-bbbbbb", "reserved", 1.5),
+        ]
+        assert found["epsilon_spent"] == 2.0 and found["epsilon_left"] == 6.0
+        assert found["updates_left"] == 4 and found["private"] is True
+        assert found["unit"] == "user" and found["accountant"] and found["statement"]
+
+    def test_says_not_private_where_privacy_is_off(self, tmp_path: Path, local_root: Root) -> None:
+        config = write_config(tmp_path, local_root.uri, "privacy:\n  enabled: false\n")
+        assert "NOT PRIVATE" in text(config, "budget")
+        assert body(config, "budget")["private"] is False
+
+
+class TestVersions:
+    def test_lists_versions_with_role_and_metrics(self, config: Path, root: Root) -> None:
+        append(root, *TWO_VERSIONS)
+        first, second = body(config, "versions")["versions"]
+        assert first["version"] == "v0001-aaaaaa" and first["role"] == "stable"
+        assert first["partitions"] == ["events/dt=2017-03-01", "events/dt=2017-03-02"]
+        assert first["ndcg10_before"] == 0.3 and first["ndcg10_after"] == 0.3125
+        assert second["base_version"] == "v0001-aaaaaa" and second["role"] is None
+        shown = text(config, "versions")
+        assert "2017-03-01..2017-03-02 (2)" in shown and "0.3125" in shown
+
+    def test_lists_a_held_update_with_its_reason(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        append(local_root, FIRST, committed(FIRST, version=None))
+        (held,) = body(local_config, "versions")["versions"]
+        assert held["version"] is None and held["ndcg10_after"] is None
+        assert "u0001-aaaaaa held: the gate held it back" in text(local_config, "versions")
+
+
+class TestRollout:
+    def test_goes_from_start_to_promoted(self, config: Path, root: Root) -> None:
+        append(root, *TWO_VERSIONS)
+        canary = body(config, "rollout", "start", "v0002-bbbbbb", "--weight", "0.3")
+        assert canary["phase"] == "canary" and canary["weight_fraction"] == 0.3
+        assert body(config, "rollout", "status") == canary
+        assert "canary     v0002-bbbbbb with 30.00% of users" in text(config, "rollout", "status")
+        done = body(config, "rollout", "promote", "--reason", "looks good")
+        assert done["stable"] == "v0002-bbbbbb" and done["previous"] == "v0001-aaaaaa"
+        assert done["reason"] == "looks good" and done["actor"] == "operator" and done["at"]
+        assert Log(root).refresh().stable == "v0002-bbbbbb"
+
+    def test_takes_the_weight_of_the_config(self, tmp_path: Path, local_root: Root) -> None:
+        config = write_config(tmp_path, local_root.uri, "rollout:\n  weight_fraction: 0.05\n")
+        append(local_root, *TWO_VERSIONS)
+        assert body(config, "rollout", "start", "v0002-bbbbbb")["weight_fraction"] == 0.05
+
+    def test_an_abort_leaves_stable_alone(self, local_config: Path, local_root: Root) -> None:
+        append(local_root, *TWO_VERSIONS)
+        text(local_config, "rollout", "start", "v0002-bbbbbb")
+        shown = text(local_config, "rollout", "abort")
+        assert "stable     v0001-aaaaaa" in shown and "rolled_back by operator" in shown
+
+    def test_status_without_any_rollout_names_the_first_version(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        append(local_root, *TWO_VERSIONS)
+        found = body(local_config, "rollout", "status")
+        assert found["phase"] is None and found["stable"] == "v0001-aaaaaa" and found["at"] is None
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            pytest.param(("start", "v0009-ffffff"), "no version 'v0009-ffffff'", id="unknown"),
+            pytest.param(("start", "v0001-aaaaaa"), "is stable already", id="stable"),
+            pytest.param(("start", "v0002-bbbbbb", "--weight", "2"), "(0, 1), got 2", id="weight"),
+            pytest.param(("promote",), "cannot promote: there is no rollout", id="promote"),
+            pytest.param(("abort",), "cannot abort: there is no rollout", id="abort"),
+        ],
+    )
+    def test_what_cannot_be_is_one_line_and_writes_nothing(
+        self, local_config: Path, local_root: Root, args: tuple[str, ...], message: str
+    ) -> None:
+        append(local_root, *TWO_VERSIONS)
+        before = local_root.list("")
+        assert message in refusal(local_config, "rollout", *args)
+        assert local_root.list("") == before
+
+
+COMMANDS = [
+    ("plan",),
+    ("status",),
+    ("budget",),
+    ("versions",),
+    ("rollout", "status"),
+    ("rollout", "start", "v0001-aaaaaa"),
+    ("rollout", "promote"),
+    ("rollout", "abort"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+class TestBadInput:
+    def test_an_unknown_config_key_is_named(
+        self, tmp_path: Path, local_root: Root, command: tuple[str, ...]
+    ) -> None:
+        config = write_config(tmp_path, local_root.uri, "privacy:\n  epsilon: 8\n")
+        message = refusal(config, *command)
+        assert "privacy.epsilon: unknown key; did you mean privacy.epsilon_total?" in message
+        assert not (tmp_path / "root").exists()
+
+    def test_a_file_in_the_place_of_the_root_is_named(
+        self, tmp_path: Path, command: tuple[str, ...]
+    ) -> None:
+        (tmp_path / "file").write_text("mine")
+        config = write_config(tmp_path, (tmp_path / "file").as_uri())
+        assert "must be a folder" in refusal(config, *command)
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_corrupt_ledger_is_named(
+        self, local_config: Path, local_root: Root, command: tuple[str, ...]
+    ) -> None:
+        local_root.put(f"ledger/{1:020d}.json", b"{")
+        assert "ledger record 1 cannot be read" in refusal(local_config, *command)
+
+    def test_a_silent_store_asks_for_a_retry_by_its_exit_code(
+        self, local_config: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    ) -> None:
+        def silent(root: Root, prefix: str) -> None:
+            raise StorageUnavailableError("no answer")
+
+        monkeypatch.setattr(Root, "list", silent)
+        assert refusal(local_config, *command, exit_code=75) == "raysys: no answer\n"
+
+
+def test_an_absent_config_file_is_named(tmp_path: Path) -> None:
+    assert "none.yaml cannot be read" in refusal(tmp_path / "none.yaml", "status")
+
+
+def test_a_missing_option_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 2 and "--config" in result.stderr
+
+
+def test_the_console_script_ends_with_the_exit_code_of_the_error(tmp_path: Path) -> None:
+    config = write_config(tmp_path, (tmp_path / "root").as_uri())
+    program = "from raysys.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "rollout", "promote", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr == "raysys: cannot promote: there is no rollout yet; start one first\n"
+
+
+class TestDoctor:
+    @pytest.fixture(autouse=True)
+    def _no_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hashing the real one would import torch, which takes seconds."""
+        monkeypatch.setattr(raysys.doctor, "_encoder", lambda shop: "stands for the encoder")
+
+    def test_of_a_fit_machine_is_all_ok(self, config: Path, root: Root) -> None:
+        result = run(config, "doctor")
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert all(line.startswith("ok") for line in lines)
+        names = ["config", "root", "key", "encoder", "python", "ray", "torch", "haproxy"]
+        assert [line.split()[1] for line in lines] == names
+        assert root.list("") == []
+
+    @pytest.fixture
+    def broken(self, tmp_path: Path) -> Path:
+        """A config whose root is a file and whose key file is gone."""
+        (tmp_path / "file").write_text("mine")
+        config = write_config(tmp_path, (tmp_path / "file").as_uri())
+        (tmp_path / "key").unlink()
+        return config
+
+    def test_names_every_failure_with_its_remedy_and_exits_1(self, broken: Path) -> None:
+        result = run(broken, "doctor")
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        failed = [line for line in result.stdout.splitlines() if line.startswith("fail")]
+        assert len(failed) == 2
+        assert "must be a folder" in failed[0] and "openssl rand -hex 32" in failed[1]
+
+    def test_prints_one_object_with_json(self, broken: Path) -> None:
+        result = run(broken, "doctor", "--json")
+        found = json.loads(result.stdout)
+        assert result.exit_code == 1 and found["ok"] is False
+        assert [c["name"] for c in found["checks"] if not c["ok"]] == ["root", "key"]
+
+    def test_of_a_bad_config_still_looks_at_the_machine(self, tmp_path: Path) -> None:
+        result = run(tmp_path / "none.yaml", "doctor")
+        assert result.exit_code == 1
+        assert [line.split()[:2] for line in result.stdout.splitlines()] == [
+            ["fail", "config"],
+            *[["ok", name] for name in ("python", "ray", "torch", "haproxy")],
+        ]
+
+    def test_finds_another_pseudonym_key_than_the_histories_have(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        append(local_root, FIRST, committed(FIRST))
+        assert "were made with key key" in run(local_config, "doctor").stdout
+
+    def test_finds_a_version_that_is_not_supported(
+        self, local_config: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+        shown = run(local_config, "doctor").stdout
+        assert "ray 1.0, expected >=2.60,<2.61; run `make setup`" in shown
+
+    def test_finds_a_haproxy_that_does_not_run(
+        self, local_config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(tmp_path / "none"))
+        assert "HAProxy does not run" in run(local_config, "doctor").stdout
+
+    def test_passes_on_what_the_encoder_says(
+        self, local_config: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def missing(shop: object) -> str:
+            raise ConfigError("model.encoder: x is neither a folder nor a hub id")
+
+        monkeypatch.setattr(raysys.doctor, "_encoder", missing)
+        shown = run(local_config, "doctor").stdout
+        assert "fail  encoder   model.encoder: x is neither a folder nor a hub id" in shown
+
+    def test_supports_what_pyproject_supports(self) -> None:
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        wanted = {name: spec for name, spec in raysys.doctor.SUPPORTED.items() if name != "python"}
+        assert project["requires-python"] == raysys.doctor.SUPPORTED["python"]
+        for name, spec in wanted.items():
+            assert any(d.startswith(name) and d.endswith(spec) for d in project["dependencies"])

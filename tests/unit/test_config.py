@@ -1,0 +1,165 @@
+"""The config: what is wrong is named, with its key, its value and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysys.config import Config, load_config, parse_config
+from raysys.errors import ConfigError
+from tests.helpers import write_config
+
+MINIMAL: dict[str, Any] = {"root": "file:///shop", "pseudonyms": {"key_file": "key"}}
+
+
+def parse(**sections: Any) -> Config:
+    return parse_config({**MINIMAL, **sections})
+
+
+def test_a_root_and_a_key_file_are_enough() -> None:
+    config = parse()
+    assert config.root == "file:///shop" and config.privacy.enabled
+
+
+def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
+    extra = "privacy:\n  epsilon_total: 3\n  enabled: false\ningest:\n  gains: {click: 2}\n"
+    config = load_config(write_config(tmp_path, "s3://bucket/shop", extra))
+    assert config.root == "s3://bucket/shop"
+    assert config.privacy.epsilon_total == 3.0 and not config.privacy.enabled
+    assert config.ingest.gains == {"click": 2.0}
+
+
+def test_the_key_file_lies_relative_to_the_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, "file:///shop")
+    monkeypatch.chdir("/")
+    assert load_config(path).pseudonyms.key_file == str(tmp_path / "key")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().root = "file:///other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        pytest.param(
+            {"privacy": {"epsilon": 8}},
+            "privacy.epsilon: unknown key; did you mean privacy.epsilon_total?",
+            id="unknown-key-near-another",
+        ),
+        pytest.param(
+            {"lease": {"zzz": 1}}, "lease.zzz: unknown key; known: duration_s", id="unknown-key"
+        ),
+        pytest.param({"zzzzzz": 1}, "zzzzzz: unknown key; known: root", id="unknown-section"),
+        pytest.param({"lease": 5}, "lease: expected a mapping of keys, got 5", id="not-a-section"),
+        pytest.param(
+            {"pseudonyms": {}},
+            "pseudonyms.key_file: missing; the config must name it",
+            id="missing-key",
+        ),
+        pytest.param(
+            {"privacy": {"delta": "1e-4"}},
+            "privacy.delta: expected a number (YAML reads 1e-4 as text: write 1.0e-4), got '1e-4'",
+            id="number-as-text",
+        ),
+        pytest.param(
+            {"train": {"num_steps": 1.5}},
+            "train.num_steps: expected a whole number, got 1.5",
+            id="fraction-for-count",
+        ),
+        pytest.param(
+            {"train": {"num_steps": True}},
+            "train.num_steps: expected a whole number, got True",
+            id="bool-for-count",
+        ),
+        pytest.param(
+            {"privacy": {"enabled": "no"}},
+            "privacy.enabled: expected true or false, got 'no'",
+            id="text-for-bool",
+        ),
+        pytest.param(
+            {"privacy": {"epsilon_total": float("nan")}},
+            "privacy.epsilon_total: expected a finite number, got nan",
+            id="nan",
+        ),
+        pytest.param(
+            {"partitions": {"late_files": "maybe"}},
+            "partitions.late_files: expected 'fail' or 'consume', got 'maybe'",
+            id="unknown-choice",
+        ),
+        pytest.param(
+            {"rollout": {"weight_fraction": 1.5}},
+            "rollout.weight_fraction: expected a fraction in (0, 1), got 1.5",
+            id="out-of-bounds",
+        ),
+        pytest.param(
+            {"ingest": {"gains": {"view": 1}}},
+            "ingest.gains: expected positive gains for click, cart, purchase, got {'view': 1.0}",
+            id="unknown-gain",
+        ),
+        pytest.param(
+            {"root": "/tmp/shop"},
+            "root: expected file:///folder or s3://bucket/prefix, got '/tmp/shop'",
+            id="root-without-scheme",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**sections)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("root: [", "is not YAML", id="not-yaml"),
+        pytest.param("", "config: expected a mapping of keys, got None", id="empty"),
+        pytest.param("- a", "config: expected a mapping of keys", id="a-list"),
+        pytest.param("root: file:///x", "pseudonyms: missing", id="incomplete"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shop.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"shop\.yaml cannot be read"):
+        load_config(tmp_path / "shop.yaml")
+
+
+def test_the_hash_follows_values_and_not_their_order_or_place() -> None:
+    one = parse(privacy={"epsilon_total": 3.0}, lease={"duration_s": 5.0})
+    other = parse(lease={"duration_s": 5.0}, privacy={"epsilon_total": 3})
+    assert one.hash() == other.hash() != parse().hash()
+
+
+SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name != "root"]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_number_of_a_section_is_validated(section: str) -> None:
+    """No count, rate or duration may be far below zero, wherever it stands."""
+    defaults = getattr(parse(), section)
+    for field in dataclasses.fields(defaults):
+        if field.type in ("int", "float") and field.name != "seed":
+            with pytest.raises(ConfigError, match=rf"^{section}\.{field.name}"):
+                parse(**{section: {field.name: -5}})

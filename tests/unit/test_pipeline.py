@@ -1,0 +1,161 @@
+"""What a task does with one partition: bad files and rows are set aside, named and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import io
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from raysys.config import Config, IngestConfig, PseudonymConfig
+from raysys.ingest.clean import CLEAN_COLUMNS
+from raysys.ingest.pipeline import IngestJob, _clean_partition, period_ends
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ledger.records import PartitionRef
+from raysys.storage import Root
+from tests.helpers import partition
+
+KEY = b"0123456789abcdef"
+NOON = datetime.datetime(2017, 3, 1, 12, tzinfo=datetime.UTC)
+RAW_ID = "alice@example.com"
+UPDATE = "u0001-aaaaaa"
+
+
+def event(event_id: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "event_id": event_id, "event_type": "purchase", "user_id": RAW_ID, "item_id": "i1",
+        "ts": NOON, **changes,
+    }  # fmt: skip
+
+
+def parquet(*rows: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    pl.DataFrame(list(rows)).write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def read(root: Root, prefix: str) -> pl.DataFrame:
+    return pl.concat(
+        pl.read_parquet(io.BytesIO(root.read_bytes(file.path))) for file in root.list(prefix)
+    )
+
+
+@pytest.fixture
+def job(local_root: Root, tmp_path: Path) -> IngestJob:
+    """One partition of a good file, a file with bad rows, and two files that cannot be read."""
+    (tmp_path / "key").write_bytes(KEY)
+    files = {
+        "a.parquet": parquet(event("e1"), event("e2", user_id="bob")),
+        "b.parquet": parquet(event("e3"), event("e4", item_id=""), event("e5", ts=None)),
+        "c.parquet": b"not parquet",
+        "d.parquet": parquet({"event_id": "e6"}),
+    }
+    for name, data in files.items():
+        local_root.put(f"events/dt=2017-03-01/{name}", data)
+    return IngestJob(
+        root=local_root,
+        config=Config(
+            root=local_root.uri,
+            pseudonyms=PseudonymConfig(key_file=str(tmp_path / "key")),
+            ingest=IngestConfig(num_shards=2),
+        ),
+        update_id=UPDATE,
+        base_state=None,
+        partitions=(partition("2017-03-01", *files),),
+        seed=0,
+    )
+
+
+def test_rows_of_unreadable_files_are_not_counted_and_the_files_are_named(job: IngestJob) -> None:
+    done = _clean_partition({"index": 0}, job)
+    assert done["num_rows"] == 5
+    assert done["row_counts"] == {"quarantined": 2}
+    bad = done["bad_files"]
+    assert list(bad) == [f"events/dt=2017-03-01/{name}.parquet" for name in ("c", "d")]
+    assert all(reason.startswith(path) for path, reason in bad.items())
+
+
+def test_bad_rows_go_to_quarantine_with_file_and_reason_but_without_the_user(
+    job: IngestJob,
+) -> None:
+    _clean_partition({"index": 0}, job)
+    refused = read(job.root, f"quarantine/{UPDATE}").sort("event_id")
+    assert refused.select("event_id", "reason").rows() == [("e4", "no item_id"), ("e5", "no ts")]
+    assert set(refused["path"]) == {"events/dt=2017-03-01/b.parquet"}
+    assert "user" not in " ".join(refused.columns)
+
+
+def test_usable_rows_lie_in_the_folder_of_their_users_shard(job: IngestJob) -> None:
+    _clean_partition({"index": 0}, job)
+    rows = read(job.root, f"staging/{UPDATE}/clean")
+    assert rows.columns == CLEAN_COLUMNS
+    assert sorted(rows["event_id"]) == ["e1", "e2", "e3"]
+    for shard in range(2):
+        folder = f"staging/{UPDATE}/clean/{shard:04}"
+        users = set(read(job.root, folder)["user"]) if job.root.list(folder) else set()
+        assert {int(name[:8], 16) % 2 for name in users} <= {shard}
+
+
+def test_the_raw_user_id_is_in_nothing_that_was_written(job: IngestJob) -> None:
+    _clean_partition({"index": 0}, job)
+    # The search finds what is there: the partition itself, which is the shop's, holds the id.
+    assert RAW_ID in _text_of(job.root.read_bytes("events/dt=2017-03-01/a.parquet"))
+    hasher = Pseudonymizer(KEY)
+    written = read(job.root, f"staging/{UPDATE}").write_json()
+    assert hasher.pseudonym(RAW_ID) in written
+    for text in (written, read(job.root, f"quarantine/{UPDATE}").write_json()):
+        assert RAW_ID not in text and "bob" not in text
+
+
+def _text_of(data: bytes) -> str:
+    return pl.read_parquet(io.BytesIO(data)).write_json()
+
+
+def test_a_task_that_is_run_again_writes_the_same(job: IngestJob) -> None:
+    def written() -> dict[str, bytes]:
+        files = [*job.root.list("staging"), *job.root.list("quarantine")]
+        return {file.path: job.root.read_bytes(file.path) for file in files}
+
+    first = _clean_partition({"index": 0}, job), written()
+    assert (_clean_partition({"index": 0}, job), written()) == first
+
+
+@pytest.mark.parametrize(
+    ("days", "period_days", "lengths"),
+    [
+        pytest.param([1], 7, [1], id="one day"),
+        pytest.param([1, 7], 7, [7], id="a week"),
+        pytest.param([1, 8], 7, [7, 1], id="a week and a day"),
+        pytest.param([1, 28], 7, [7, 7, 7, 7], id="four weeks"),
+        pytest.param([5, 1, 3], 2, [2, 2, 1], id="in any order"),
+    ],
+)
+def test_periods_cover_all_days_from_the_first_to_the_last(
+    days: list[int], period_days: int, lengths: list[int]
+) -> None:
+    partitions = [PartitionRef(key=f"events/dt=2017-03-{day:02}", files=()) for day in days]
+    start = datetime.datetime(2017, 3, 1, tzinfo=datetime.UTC).timestamp()
+    ends = period_ends(partitions, period_days)
+    assert [
+        (end - begin) / 86_400 for begin, end in zip([start, *ends], ends, strict=False)
+    ] == lengths
+
+
+@pytest.mark.parametrize(
+    ("days", "first"),
+    [
+        pytest.param([1], 1, id="a single day"),
+        pytest.param([1, 2, 3], 1, id="fewer days than the window has"),
+        pytest.param([1, 4, 10], 4, id="a window of seven days"),
+    ],
+)
+def test_the_evaluation_window_is_the_newest_days_of_the_update(
+    job: IngestJob, days: list[int], first: int
+) -> None:
+    parts = tuple(partition(f"2017-03-{day:02}") for day in days)
+    start = datetime.datetime(2017, 3, first, tzinfo=datetime.UTC).timestamp()
+    assert dataclasses.replace(job, partitions=parts).window_start == start

@@ -1,0 +1,338 @@
+"""A version is loaded as it was published, or not at all, and holds no user."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.numpy import load, save
+
+from raysys.errors import ArtifactError
+from raysys.ingest.examples import NUM_ATTENDED, history_slices
+from raysys.ingest.features import UserHistory, features
+from raysys.ingest.pipeline import histories_path
+from raysys.ingest.stats import save_item_state
+from raysys.ledger.records import UpdateCommitted
+from raysys.model.encoder import TextEncoder, weights_sha256
+from raysys.model.scorer import head_inputs, pool_history
+from raysys.registry.store import (
+    VersionWeights,
+    load_version,
+    load_weights,
+    publish,
+    text_indexes,
+)
+from raysys.registry.version import Manifest, version_path
+from raysys.storage import Root
+from tests import tiny_shop
+from tests.helpers import committed
+
+VERSION, UPDATE = "v0001-aaaaaa", "u0001-aaaaaa"
+NOW = tiny_shop.WINDOW_START + 2 * 86_400.0
+FILES = (
+    "manifest.json", "head.safetensors", "encoder.safetensors", "texts.parquet", "golden.json",
+    "report.md", "adapter/adapter_config.json",
+)  # fmt: skip
+PATHS = (
+    *(version_path(VERSION, name) for name in FILES),
+    f"state/{UPDATE}/items.parquet", f"state/{UPDATE}/items.json", histories_path(UPDATE, 0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_encoder: str) -> VersionWeights:
+    texts, _ = text_indexes(tiny_shop.item_states()[-1].table())
+    matrix = np.random.default_rng(1).normal(size=(16, 32)).astype(np.float32)
+    return VersionWeights(
+        head=tiny_shop.random_head(),
+        adapted_weight=matrix,
+        texts=texts,
+        text=TextEncoder(tiny_encoder, 8).embed(texts, matrix),
+    )
+
+
+@pytest.fixture(scope="module")
+def histories() -> pl.DataFrame:
+    return tiny_shop.shard(tiny_shop.outcomes(20)).histories
+
+
+def manifest(encoder: str, **changes: object) -> Manifest:
+    values = {
+        "version": VERSION, "update_id": UPDATE, "base_version": None, "encoder": encoder,
+        "encoder_sha256": weights_sha256(Path(encoder)), "max_tokens": 8, "lora_rank": 4,
+        "adapted_module": "encoder.layer.1.output.dense", "alpha": 1.0, "state": UPDATE,
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+Publish = Callable[..., UpdateCommitted]
+
+
+@pytest.fixture
+def publish_version(
+    tiny_encoder: str, weights: VersionWeights, histories: pl.DataFrame, local_root: Root
+) -> Publish:
+    """Writes state and version below the root; returns the commit record that names them."""
+
+    def run(**changes: object) -> UpdateCommitted:
+        save_item_state(local_root, UPDATE, tiny_shop.item_states()[-1])
+        buffer = io.BytesIO()
+        histories.write_parquet(buffer)
+        local_root.put(histories_path(UPDATE, 0), buffer.getvalue())
+        artifacts = publish(
+            local_root, manifest(tiny_encoder, **changes), weights,
+            adapter={"adapter_config.json": b"{}"}, report="# Version\n",
+        )  # fmt: skip
+        return committed(version=VERSION, artifacts=artifacts)
+
+    return run
+
+
+def rewritten(
+    root: Root, record: UpdateCommitted, name: str, change: Callable[[bytes], bytes]
+) -> UpdateCommitted:
+    """The record of a version one of whose files was published with other content."""
+    path = version_path(VERSION, name)
+    data = change(root.read_bytes(path))
+    root.put(path, data)
+    digest = hashlib.sha256(data).hexdigest()
+    return dataclasses.replace(record, artifacts={**record.artifacts, path: digest})
+
+
+def expected_scores(
+    weights: VersionWeights, history: UserHistory, candidates: np.ndarray, query: np.ndarray | None
+) -> np.ndarray:
+    """By the parts that training and evaluation use."""
+    table = tiny_shop.item_states()[-1].table()
+    _, index = text_indexes(table)
+    attended, attention = history.attention(NUM_ATTENDED)
+    pooled = pool_history(weights.text[index[attended]], attention)
+    text = weights.text[index[candidates]]
+    inputs = head_inputs(
+        features(history, table, candidates, now=NOW),
+        None if pooled is None else text @ pooled,
+        None if query is None else text @ query,
+    )
+    return weights.head.score(inputs)
+
+
+def test_a_loaded_version_scores_as_the_weights_that_were_published(
+    publish_version: Publish,
+    local_root: Root,
+    weights: VersionWeights,
+    histories: pl.DataFrame,
+    tiny_encoder: str,
+) -> None:
+    version = load_version(local_root, publish_version())
+    assert version.name == VERSION
+    candidates = np.array([3, 0, 39, 17, 8], np.int32)
+    known = history_slices(histories, tiny_shop.item_states()[-1].as_of)
+    query = TextEncoder(tiny_encoder, 8).embed(["w3 w4"], weights.adapted_weight)[0]
+    assert len(known) == 20
+    for user in [*known, "nobody"]:
+        history = known.get(user, UserHistory.empty())
+        for text, vector in ((None, None), ("w3 w4", query)):
+            found = version.score(version.history(user), candidates, now=NOW, query=text)
+            expected = expected_scores(weights, history, candidates, vector)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert version.knows_query("w3 w4") and not version.knows_query("w5")
+    version.check_golden()
+
+
+def test_users_with_different_histories_get_different_scores(
+    publish_version: Publish, local_root: Root, histories: pl.DataFrame
+) -> None:
+    version = load_version(local_root, publish_version())
+    everything = np.arange(len(version.items), dtype=np.int32)
+    scores = [
+        version.score(version.history(user), everything, now=NOW, query=None)
+        for user in [*histories["user"].unique(), "nobody"]
+    ]
+    assert len({values.tobytes() for values in scores}) == 21
+
+
+def test_a_history_that_a_request_brings_counts_as_of_now(
+    publish_version: Publish, local_root: Root
+) -> None:
+    version = load_version(local_root, publish_version())
+    history = version.history_of(["i03", "no such item", "i03", "i07"], NOW)
+    assert history.items.tolist() == [3, 7] and history.decayed.tolist() == [2.0, 1.0]
+
+
+def test_the_next_update_starts_from_the_published_weights(
+    publish_version: Publish, local_root: Root, weights: VersionWeights
+) -> None:
+    found_manifest, found = load_weights(local_root, publish_version())
+    assert found_manifest.version == VERSION and found.texts == weights.texts
+    assert np.array_equal(found.adapted_weight, weights.adapted_weight)
+    assert np.array_equal(found.text, weights.text) and found.text.dtype == np.float32
+    assert found.head.weights.keys() == weights.head.weights.keys()
+    for name, value in weights.head.weights.items():
+        assert np.array_equal(found.head.weights[name], value)
+
+
+def test_the_ledger_names_every_file_of_the_version_and_of_its_state(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = publish_version()
+    stored = [file.path for folder in ("versions", "state") for file in local_root.list(folder)]
+    assert sorted(record.artifacts) == sorted(stored) == sorted(PATHS)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.partition("/")[2])
+def test_a_flipped_bit_is_an_error_that_names_the_file(
+    publish_version: Publish, local_root: Root, path: str
+) -> None:
+    record = publish_version()
+    data = bytearray(local_root.read_bytes(path))
+    data[len(data) // 2] ^= 1
+    local_root.put(path, bytes(data))
+    with pytest.raises(ArtifactError, match=f"^{path} has sha256 .* the ledger says"):
+        load_version(local_root, record)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.partition("/")[2])
+def test_a_missing_file_is_an_error_that_names_it(
+    publish_version: Publish, local_root: Root, path: str
+) -> None:
+    record = publish_version()
+    local_root.delete_prefix(path)
+    with pytest.raises(ArtifactError, match=f"^{path} is missing"):
+        load_version(local_root, record)
+
+
+def test_a_file_that_the_ledger_does_not_name_is_not_read(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = publish_version()
+    path = version_path(VERSION, "head.safetensors")
+    others = {name: digest for name, digest in record.artifacts.items() if name != path}
+    with pytest.raises(ArtifactError, match=f"^{path} has sha256"):
+        load_version(local_root, dataclasses.replace(record, artifacts=others))
+
+
+def test_another_encoder_than_the_version_was_trained_on_is_refused(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = publish_version(encoder_sha256="f" * 64)
+    with pytest.raises(ArtifactError, match=f"{VERSION} was trained on encoder ffffffffffff"):
+        load_version(local_root, record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda data: b"{", "the manifest cannot be read", id="not JSON"),
+        pytest.param(lambda data: b"[]", "the manifest cannot be read", id="not an object"),
+        pytest.param(
+            lambda data: data.replace(b'"alpha"', b'"beta"'), "cannot be read", id="other keys"
+        ),
+        pytest.param(
+            lambda data: data.replace(b'"schema_version": 1', b'"schema_version": 2'),
+            "schema_version 2, this raysys reads up to 1: upgrade",
+            id="of a newer raysys",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_understood_is_refused(
+    publish_version: Publish, local_root: Root, change: Callable[[bytes], bytes], message: str
+) -> None:
+    record = rewritten(local_root, publish_version(), "manifest.json", change)
+    with pytest.raises(ArtifactError, match=message):
+        load_version(local_root, record)
+
+
+def _with_head(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[bytes], bytes]:
+    def run(data: bytes) -> bytes:
+        tensors = load(data)
+        return save({**tensors, "skip.weight": change(tensors["skip.weight"].copy())})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        pytest.param(lambda weight: weight * 1.05, r"\d", id="changed weights"),
+        pytest.param(lambda weight: weight * np.float32("nan"), "nan", id="NaN weights"),
+        pytest.param(lambda weight: weight * np.float32("inf"), "nan|inf", id="infinite weights"),
+    ],
+)
+def test_the_golden_requests_catch_weights_that_score_otherwise(
+    publish_version: Publish,
+    local_root: Root,
+    change: Callable[[np.ndarray], np.ndarray],
+    size: str,
+) -> None:
+    """Every hash is right here: the wrong weights were published."""
+    record = publish_version()
+    load_version(local_root, record).check_golden()
+    wrong = rewritten(local_root, record, "head.safetensors", _with_head(change))
+    with np.errstate(invalid="ignore"):
+        version = load_version(local_root, wrong)
+        with pytest.raises(ArtifactError, match=f"{VERSION} scores a golden request .*(?:{size})"):
+            version.check_golden()
+
+
+def test_the_golden_requests_catch_an_encoder_that_embeds_queries_otherwise(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = rewritten(
+        local_root, publish_version(), "encoder.safetensors",
+        lambda data: save({"weight": -load(data)["weight"]}),
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match="golden request"):
+        load_version(local_root, record).check_golden()
+
+
+def test_a_version_without_golden_requests_is_refused(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = rewritten(local_root, publish_version(), "golden.json", lambda data: b"[]")
+    with pytest.raises(ArtifactError, match=f"{VERSION} has no golden requests"):
+        load_version(local_root, record).check_golden()
+
+
+def test_no_user_is_in_a_versions_files_but_in_its_histories_alone(
+    publish_version: Publish, local_root: Root, histories: pl.DataFrame
+) -> None:
+    publish_version()
+    users = [user.encode() for user in histories["user"].unique()]
+    holding = []
+    for file in [*local_root.list("versions"), *local_root.list("state")]:
+        data = local_root.read_bytes(file.path)
+        if file.path.endswith(".parquet"):
+            data = pl.read_parquet(io.BytesIO(data)).write_ndjson().encode()
+        if any(user in data for user in users):
+            holding.append(file.path)
+    assert holding == [histories_path(UPDATE, 0)]
+
+
+def test_the_golden_requests_are_the_same_whoever_the_users_are(
+    publish_version: Publish, local_root: Root, histories: pl.DataFrame
+) -> None:
+    record, path = publish_version(), histories_path(UPDATE, 0)
+    buffer = io.BytesIO()
+    histories.clear().write_parquet(buffer)
+    local_root.put(path, buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    nobody = dataclasses.replace(record, artifacts={**record.artifacts, path: digest})
+    golden = json.loads(local_root.read_bytes(version_path(VERSION, "golden.json")))
+    assert golden == load_version(local_root, nobody).record_golden()
+
+
+def test_queries_beyond_the_cache_are_forgotten_oldest_first(
+    publish_version: Publish, local_root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysys.registry.store.MAX_CACHED_QUERIES", 2)
+    version = load_version(local_root, publish_version())
+    for query in ("w1", "w2", "w3"):
+        version.score(UserHistory.empty(), np.array([0], np.int32), now=NOW, query=query)
+    assert [version.knows_query(q) for q in ("w1", "w2", "w3")] == [False, True, True]

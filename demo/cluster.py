@@ -53,7 +53,12 @@ class LocalCluster:
             "PYTHONUNBUFFERED": "1",
         }
         if sys.platform == "linux":
-            self._env |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+            self._env |= {
+                "RAY_SERVE_ENABLE_HA_PROXY": "1",
+                "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+                "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+                "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            }
         self._head: subprocess.Popen[bytes] | None = None
 
     @property
@@ -145,9 +150,7 @@ class LocalCluster:
                 _show(line)
         if process.wait() != 0:
             tail = "".join(path.read_text().splitlines(keepends=True)[-15:])
-            raise DemoError(
-                f"{name} failed with exit code {process.returncode}:\n{tail}\nAll of it: {path}"
-            )
+            raise DemoError(f"{name} failed ({process.returncode}); all of it in {path}:\n{tail}")
 
     def _dashboard_answers(self) -> bool:
         assert self._head is not None

@@ -23,7 +23,8 @@ NUM_CANDIDATES = 100
 NUM_OWN = 50
 NUM_POPULAR = 30
 NUM_SHOWN = 10
-NUM_CLIENTS = 4
+NUM_CLIENTS = 32
+"""Feedback is answered once it is durable, which happens about once a second for all together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Visit:
 class Answer:
     """What one visit got."""
 
+    user_id: str
     version: str | None
     """None where the request failed."""
     converted: bool
@@ -84,7 +86,7 @@ def replay(
     is_canary_running: Callable[[], bool],
     on_progress: Callable[[int], None],
 ) -> list[Answer]:
-    """Sends all visits and returns their answers. Each client keeps one connection."""
+    """Sends all visits and returns their answers, in their order."""
     done, lock = [0], threading.Lock()
     limits = httpx.Limits(max_connections=NUM_CLIENTS)
     with (
@@ -128,8 +130,10 @@ def _visit(client: httpx.Client, visit: Visit) -> Answer:
             client.post("/v1/feedback", json=body).raise_for_status()
     except httpx.HTTPError as error:
         print(f"    failed: {error}", flush=True)
-        return Answer(version=None, converted=False, during_canary=False)
-    return Answer(version=answer["version"], converted=bool(bought), during_canary=False)
+        return Answer(visit.user_id, version=None, converted=False, during_canary=False)
+    return Answer(
+        visit.user_id, version=answer["version"], converted=bool(bought), during_canary=False
+    )
 
 
 def _most_bought(events: pl.DataFrame, num: int) -> list[str]:

@@ -127,8 +127,8 @@ def roll_out(
     cluster.raysys("rollout", "start", state.head_version, "--config", str(config_path))
     wait_for_canary(cluster, state.head_version)
     visits = next_week(config, state)
-    say(began, f"canary {state.head_version} answers {config.rollout.weight_fraction:.0%} of users; "
-               f"replaying {len(visits):,} baskets of the next week")  # fmt: skip
+    share = f"{config.rollout.weight_fraction:.0%} of the households"
+    say(began, f"canary {state.head_version} answers {share}; replaying the next week")
     answers = replay(
         cluster.url,
         visits,
@@ -216,19 +216,33 @@ def summarise_update(
 
 
 def summarise_rollout(config: Config, state: State, answers: list[Answer]) -> dict[str, Any]:
-    """Returns the figures of the rollout. The split is that of requests made under the canary."""
+    """Returns the figures of the rollout.
+
+    The split draws households, not requests, and the requests of one are not independent. So its
+    share is observed on the first request of each household under the canary: that count, and no
+    other, is binomial.
+    """
     assert state.rollout is not None
     during = [answer for answer in answers if answer.during_canary and answer.version]
     stable = state.rollout.previous if state.rollout.phase == "promoted" else state.rollout.stable
-    canary = [answer for answer in during if answer.version != stable]
+    firsts = {answer.user_id: answer for answer in reversed(during)}.values()
     return {
         "weight_fraction": config.rollout.weight_fraction,
-        "observed_fraction": len(canary) / len(during) if during else None,
-        "requests": len(during),
+        "observed_fraction": canary_share(list(firsts), stable),
+        "requests": len(firsts),
+        "observed_fraction_all": canary_share(during, stable),
+        "requests_all": len(during),
         "failed": sum(answer.version is None for answer in answers),
         "verdict": state.rollout.phase,
         "reason": state.rollout.reason,
     }
+
+
+def canary_share(answers: list[Answer], stable: str | None) -> float | None:
+    """Returns the share of answers that another version than stable gave."""
+    if not answers:
+        return None
+    return sum(answer.version != stable for answer in answers) / len(answers)
 
 
 def no_rollout(config: Config) -> dict[str, Any]:
@@ -270,9 +284,10 @@ def print_summary(summary: dict[str, Any], answers: list[Answer], curl: tuple[st
     rollout = summary["rollout"]
     if rollout["requests"]:
         print(
-            f"\nsplit: {rollout['observed_fraction']:.3f} of {rollout['requests']:,} requests went "
-            f"to the canary, configured {rollout['weight_fraction']:g} of users; "
-            f"{rollout['failed']} failed"
+            f"\nsplit: {rollout['observed_fraction']:.3f} of {rollout['requests']:,} households "
+            f"went to the canary, {rollout['weight_fraction']:g} was configured "
+            f"({rollout['observed_fraction_all']:.3f} of their {rollout['requests_all']:,} "
+            f"requests); {rollout['failed']} of {len(answers):,} requests failed"
         )
         print_conversion(answers)
     print(f"canary {rollout['verdict']}: {rollout['reason']}")

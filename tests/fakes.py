@@ -147,6 +147,7 @@ class FakeReplica:
         versions: Mapping[str, FakeVersion | Exception],
         records: Iterable[Record] = (),
         config: RolloutConfig | None = None,
+        item_ids: Sequence[str] = (),
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -161,7 +162,7 @@ class FakeReplica:
         self.service = RankService(
             replica_id="replica-1",
             config=config or RolloutConfig(),
-            versions=ResidentVersions(self._load),
+            versions=ResidentVersions(self._load, lambda update_id: frozenset(item_ids)),
             pseudonymizer=self.pseudonymizer,
             impressions=impressions,
             feedback=feedback,

@@ -22,11 +22,11 @@ def privacy_statement(
     return (
         f"User-level differential privacy of all updates so far: epsilon {epsilon_spent:.3f} of "
         f"{epsilon_total:g} at delta {delta:g} ({accountant}). Unit: a user; neighbours differ by "
-        "adding or removing one user. Covered: the weights and the item statistics. Not covered: the "
-        "catalogue, which counts as public; a user's own history, which ranks for that user alone; "
-        "the exact figures of evaluation and gate, and the numbers of rows and users; what the "
-        "canary measures, and that a version which it rolls back is not trained on. The noise is "
-        "floating-point Gaussian from a generator that is not cryptographic."
+        "adding or removing one user. Covered: the weights and the item statistics. Not covered: "
+        "the catalogue, which counts as public; a user's own history, which ranks for that user "
+        "alone; the exact figures of evaluation and gate, and the numbers of rows and users; what "
+        "the canary measures, and that a version which it rolls back is not trained on. The noise "
+        "is floating-point Gaussian from a generator that is not cryptographic."
     )
 
 

@@ -156,6 +156,12 @@ def save_item_state(root: Root, update_id: str, state: ItemState) -> None:
     root.put(f"{state_folder(update_id)}/items.json", json.dumps(scalars, sort_keys=True).encode())
 
 
+def load_item_ids(root: Root, update_id: str) -> frozenset[str]:
+    """Reads which items the catalogue has after an update."""
+    data = root.read_bytes(f"{state_folder(update_id)}/items.parquet")
+    return frozenset(pl.read_parquet(io.BytesIO(data), columns=["item_id"])["item_id"])
+
+
 def load_item_state(root: Root, update_id: str) -> ItemState:
     """Reads what `save_item_state` wrote."""
     frame = pl.read_parquet(io.BytesIO(root.read_bytes(f"{state_folder(update_id)}/items.parquet")))

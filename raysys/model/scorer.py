@@ -32,7 +32,7 @@ class Head:
 
     @classmethod
     def decayed_frequency(cls, hidden_units: int, seed: int = 0) -> Head:
-        """Returns the head before any training: personal decayed frequency, and a little popularity.
+        """Returns the head before any training: personal decayed frequency, a little popularity.
 
         It needs no data, so private training starts from the strongest heuristic and not below it.
         The hidden layers are random but their last layer is zero, so they add nothing yet.

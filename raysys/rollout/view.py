@@ -21,6 +21,9 @@ class RolloutView:
     canary: str | None
     previous: str | None
     weight_fraction: float
+    catalogue: str | None = None
+    """The newest update: its catalogue says which items the shop has, also where no version in
+    memory knows them yet, or knows them any more."""
 
     @classmethod
     def of(cls, state: State) -> RolloutView:
@@ -32,6 +35,7 @@ class RolloutView:
             canary=state.canary,
             previous=state.previous,
             weight_fraction=state.weight_fraction,
+            catalogue=state.head_state,
         )
 
     def says_the_same(self, other: RolloutView) -> bool:

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 import raysys
 from raysys.config import load_config
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.stats import load_item_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.store import load_version
@@ -233,7 +234,10 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
-        versions=ResidentVersions(lambda name: load(root, log.refresh().versions[name])),
+        versions=ResidentVersions(
+            lambda name: load(root, log.refresh().versions[name]),
+            lambda update_id: load_item_ids(root, update_id),
+        ),
         pseudonymizer=Pseudonymizer.from_file(config.pseudonyms.key_file),
         impressions=impressions,
         feedback=feedback,

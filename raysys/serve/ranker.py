@@ -48,6 +48,8 @@ class Servable(Protocol):
 
 Load = Callable[[str], Servable]
 """Loads a committed version by name. Blocking; raises as `registry.store.load_version`."""
+LoadItemIds = Callable[[str], frozenset[str]]
+"""Loads the catalogue as of an update. Blocking."""
 
 
 class ScoresError(Exception):
@@ -68,8 +70,16 @@ class Failure:
 class ResidentVersions:
     """Loads what a view names, and forgets the rest. Reading it needs no lock."""
 
-    def __init__(self, load: Load, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        load: Load,
+        load_item_ids: LoadItemIds = lambda update_id: frozenset(),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._load = load
+        self._load_item_ids = load_item_ids
+        self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
         self._clock = clock
         self._resident: Mapping[str, Servable] = {}
         self._failures: dict[str, Failure] = {}
@@ -81,6 +91,12 @@ class ResidentVersions:
     def all(self) -> list[Servable]:
         """Returns the resident versions."""
         return list(self._resident.values())
+
+    def is_known(self, item_id: str) -> bool:
+        """Whether the shop has the item, as far as any version or its newest catalogue says."""
+        return item_id in self._catalogue[1] or any(
+            version.items.index_of(item_id) is not None for version in self.all()
+        )
 
     def failures(self) -> dict[str, str]:
         """Returns version -> reason, of those that could not be loaded."""
@@ -96,6 +112,7 @@ class ResidentVersions:
 
         Call it again and again: what cannot be loaded now is noted and tried again later.
         """
+        await self._follow_catalogue(view)
         names = [name for name in (view.stable, view.canary, view.previous) if name is not None]
         self._failures = {
             name: failure
@@ -108,6 +125,16 @@ class ResidentVersions:
         # The old stable goes on answering until the new one can.
         if view.stable in self._resident:
             self._resident = {n: v for n, v in self._resident.items() if n in names}
+
+    async def _follow_catalogue(self, view: RolloutView) -> None:
+        if view.catalogue is None or view.catalogue == self._catalogue[0]:
+            return
+        try:
+            ids = await asyncio.to_thread(self._load_item_ids, view.catalogue)
+        except (RaysysError, OSError) as error:
+            _logger.warning("catalogue of %s not read, next try soon: %s", view.catalogue, error)
+            return
+        self._catalogue = (view.catalogue, ids)
 
     def _is_due(self, name: str) -> bool:
         failure = self._failures.get(name)

@@ -112,8 +112,8 @@ class RankAnswer(BaseModel):
     ranking: list[RankedItem]
     """Best first; equal scores by item id."""
     unknown_candidates: list[str]
-    """Candidates that another resident version knows, but not the one that ranked: they are not in
-    the ranking. This happens to new items while a rollout is under way."""
+    """Candidates that the shop's catalogue has, but not the version that ranked: they are not in
+    the ranking. This happens to new items until a version that knows them is promoted."""
 
 
 class FeedbackEvent(_Strict):

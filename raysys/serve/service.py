@@ -304,8 +304,7 @@ class RankService:
 
     def _check_unknown(self, version: Servable, unknown: list[str], num_candidates: int) -> None:
         """Tells the caller's mistake, the version's fault, and an item that is newer than it."""
-        others = [other for other in self.versions.all() if other is not version]
-        nowhere = [item for item in unknown if all(o.items.index_of(item) is None for o in others)]
+        nowhere = [item for item in unknown if not self.versions.is_known(item)]
         if nowhere or (len(unknown) == num_candidates and version.name != self.view.canary):
             raise ApiError(
                 422,

@@ -46,7 +46,9 @@ class TestPrivacyStatement:
         assert "epsilon 1.235 of 8 at delta 0.0001 (PLD)" in text
         assert "Unit: a user; neighbours differ by adding or removing one user." in text
 
-    @pytest.mark.parametrize("uncovered", ["catalogue", "own history", "evaluation and gate", "rows and users", "canary"])
+    @pytest.mark.parametrize(
+        "uncovered", ["catalogue", "own history", "evaluation and gate", "rows and users", "canary"]
+    )
     def test_it_names_what_is_not_covered(self, uncovered: str) -> None:
         _, _, limits = statement(private=True).partition("Not covered:")
         assert uncovered in limits

@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,13 @@ def make(
     stable: FakeVersion | Exception | None = None,
     canary: FakeVersion | Exception | None = None,
     config: RolloutConfig | None = None,
+    item_ids: Sequence[str] = (),
 ) -> FakeReplica:
     versions = {
         STABLE: FakeVersion(STABLE) if stable is None else stable,
         CANARY: FakeVersion(CANARY) if canary is None else canary,
     }
-    return FakeReplica(root, versions, records, config)
+    return FakeReplica(root, versions, records, config, item_ids)
 
 
 @pytest.fixture
@@ -359,6 +360,16 @@ def test_an_item_that_only_the_canary_knows_is_left_out_by_stable(local_root: Ro
         assert (order(answer), answer["unknown_candidates"]) == (["bread"], ["eggs"])
         assert order(rank(client, CANARY_USER, candidates=["eggs", "bread"])) == ["bread", "eggs"]
     assert {outcome for _, outcome in replica.metrics.outcomes} == {"ok"}
+
+
+def test_an_item_of_the_newest_catalogue_stays_known_after_a_rollback(local_root: Root) -> None:
+    """No version in memory has `eggs` any more, but the shop does: that is no caller's mistake."""
+    replica = make(local_root, one_version(), item_ids=[*ITEMS, "eggs"])
+    with replica.client() as client:
+        answer = rank(client, STABLE_USER, candidates=["eggs", "bread"])
+        assert (order(answer), answer["unknown_candidates"]) == (["bread"], ["eggs"])
+        body = {"candidates": ["never-heard-of", "bread"]}
+        assert "'never-heard-of'" in error_of(client.post("/v1/rank", json=body), 422)
 
 
 def test_a_failing_stable_version_is_a_500_in_one_line(local_root: Root) -> None:

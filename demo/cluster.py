@@ -9,6 +9,7 @@ Everything listens on loopback. The processes that it started end with the block
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -22,11 +23,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import psutil
 import yaml
 
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 10.0
 HTTP_PORT = 8000
+# Free ones, since another Ray may run on this machine.
+PORTS = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
 SHOWN_PREFIXES = ("[update]", "[train]", "raysys:")
 
 
@@ -48,6 +53,8 @@ class LocalCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": self.dashboard,
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A head that is its own only node has nobody to hand its work to.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
@@ -71,7 +78,7 @@ class LocalCluster:
         env = {key: value for key, value in self._env.items() if key != "RAY_ADDRESS"}
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-            f"--port={_free_port()}", "--dashboard-host=127.0.0.1",
+            *(f"--{name}={_free_port()}" for name in PORTS), "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard.rpartition(':')[2]}", "--include-dashboard=true",
             f"--object-store-memory={1_000_000_000}", "--disable-usage-stats",
         ]  # fmt: skip
@@ -125,6 +132,14 @@ class LocalCluster:
         )
         self._wait("the Serve application", lambda: _answers(f"{self.url}/v1/readyz"))
 
+    def write_environment(self) -> Path:
+        """Writes a file to be sourced by who wants to submit jobs to this cluster."""
+        path = self.folder / "env.sh"
+        path.touch(mode=0o600)
+        names = ("PATH", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+        path.write_text("".join(f"export {name}={self._env[name]!r}\n" for name in names))
+        return path
+
     def raysys(self, *arguments: str) -> str:
         """Runs the command line and returns what it printed.
 
@@ -170,14 +185,35 @@ class LocalCluster:
     def _stop(self) -> None:
         if self._head is None:
             return
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._head.pid, sent)
-                self._head.wait(30)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
+        session = self._head.pid
+        self._head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._head.wait(STOP_TIMEOUT_S)
+        # Ray gives its workers process groups of their own; what they all share is the session.
+        left = [process for process in psutil.process_iter() if _session(process) == session]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(left, STOP_TIMEOUT_S)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._head.wait()
+
+
+def stop_on_sigterm() -> None:
+    """Makes SIGTERM end the program as Ctrl-C does, so that the cluster is stopped with it."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
 
 
 def _show(line: str) -> None:

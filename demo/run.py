@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import polars as pl
 import yaml
-from cluster import DemoError, LocalCluster
+from cluster import DemoError, LocalCluster, stop_on_sigterm
 from replay import Answer, Visit, plan_visits, rank_body, replay
 
 from raysys.config import Config, load_config
@@ -47,6 +47,7 @@ def main() -> int:
     """Runs the demo. Returns 0 when every step worked, whatever the gate and the canary said."""
     began = time.monotonic()
     config_path = prepare()
+    stop_on_sigterm()
     try:
         with LocalCluster(FOLDER) as cluster:
             say(began, "a Ray head is up: token auth, dashboard and Serve on loopback")
@@ -58,6 +59,9 @@ def main() -> int:
     except (DemoError, RaysysError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("demo: stopped", file=sys.stderr)
+        return 130
     config = load_config(config_path)
     state = Log(Root(config.root)).refresh()
     summary = {

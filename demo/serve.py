@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from cluster import DemoError, LocalCluster
+from cluster import DemoError, LocalCluster, stop_on_sigterm
 from run import FOLDER, serve_config
 
 
@@ -15,16 +15,20 @@ def main() -> int:
     if not config_path.exists():
         print("demo: build/demo/shop.yaml is missing; run `make demo` first", file=sys.stderr)
         return 1
+    stop_on_sigterm()
     try:
         with LocalCluster(FOLDER) as cluster:
             cluster.deploy(serve_config(cluster, config_path))
             print(f"Serving at {cluster.url} (API: {cluster.url}/docs); Ctrl-C ends it.")
+            print(f"In another shell: source {cluster.write_environment()}")
             if (FOLDER / "curl.txt").exists():
-                print((FOLDER / "curl.txt").read_text())
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+                print((FOLDER / "curl.txt").read_text(), flush=True)
+            signal.pause()
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped")
     return 0
 
 

@@ -10,10 +10,18 @@ from raysys.update import run_update
 
 
 def update(config: Config) -> None:
-    """Connects to the cluster that the job was submitted to and updates the model once."""
+    """Updates the model once, on the cluster that the job was submitted to."""
+    run_update(
+        config,
+        on_progress=lambda line: print(f"[update] {line}", flush=True),
+        start_ray=start_ray,
+    )
+
+
+def start_ray() -> None:
+    """Connects, and shows what the workers print."""
     ray.init(log_to_driver=True)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    run_update(config, on_progress=lambda line: print(f"[update] {line}", flush=True))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,16 @@ class _Run:
         return self.started.update_id
 
 
-def run_update(config: Config, on_progress: Progress = lambda line: None) -> UpdateCommitted:
-    """Runs one update in the Ray session that exists, and returns its commit record.
+def run_update(
+    config: Config,
+    on_progress: Progress = lambda line: None,
+    start_ray: Callable[[], None] = lambda: None,
+) -> UpdateCommitted:
+    """Runs one update and returns its commit record.
+
+    Args:
+      start_ray: Connects to a cluster, unless the caller has done so. Called once all that can be
+        refused without one is: starting Ray takes seconds.
 
     Raises:
       EmptyPlanError: Nothing is new.
@@ -91,8 +99,16 @@ def run_update(config: Config, on_progress: Progress = lambda line: None) -> Upd
         return plan_update(found, state, config.partitions, now)
 
     owner = f"{platform.node()}:{os.getpid()}"
+
+    def reserve(state: State) -> UpdateStarted:
+        return _reserve(state, plan_of(state), config, key_id, owner)
+
+    # While another update is active, what is left for this one is open.
+    if (state := log.refresh()).active is None:
+        reserve(state)
+    start_ray()
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
-        started = lease.start(lambda state: _reserve(state, plan_of(state), config, key_id, owner))
+        started = lease.start(reserve)
         state = log.refresh()
         plan = plan_of(state)
         assert plan.partitions == started.partitions, "what is planned is what was reserved"

@@ -1,4 +1,4 @@
-"""Roots for all tests: a local folder, and a real S3 server that is spoken to over HTTP."""
+"""For all tests: a local root, one on a real S3 server over HTTP, and a small text encoder."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
 def local_root(tmp_path: Path) -> Root:
     """An empty local root, for what does not depend on the store."""
     return Root((tmp_path / "root").as_uri())
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random two-layer encoder, which `model.encoder` may name."""
+    from tests import tiny_shop
+
+    return tiny_shop.write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def _free_port() -> int:

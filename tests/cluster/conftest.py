@@ -30,8 +30,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray, in which tasks and actors take fractions of two CPUs."""
+def ray_cluster(s3_root: str) -> Iterator[None]:
+    """A local Ray, in which tasks and actors take fractions of two CPUs.
+
+    It comes after the S3 server, whose address its workers inherit from this process.
+    """
     import ray
 
     ray.init(

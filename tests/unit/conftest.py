@@ -20,14 +20,6 @@ def _forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random two-layer encoder, which `model.encoder` may name."""
-    from tests import tiny_shop
-
-    return tiny_shop.write_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="session")
 def world() -> Iterator[None]:
     """A `torch.distributed` group of this process alone."""
     import torch

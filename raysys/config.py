@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,21 @@ from raysys.errors import ConfigError
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+
+
+_Bound = tuple[Callable[[float], bool], str]
+_NOT_NEGATIVE: _Bound = (lambda value: value >= 0, ">= 0")
+_AT_LEAST_1: _Bound = (lambda value: value >= 1, ">= 1")
+_POSITIVE: _Bound = (lambda value: 0 < value < math.inf, "> 0")
+_FRACTION: _Bound = (lambda value: 0 < value < 1, "a fraction in (0, 1)")
+_OUTCOMES = frozenset({"click", "cart", "purchase"})
+
+
+def _check(config: object, section: str, bound: _Bound, *names: str) -> None:
+    holds, expected = bound
+    for name in names:
+        value = getattr(config, name)
+        _require(holds(value), f"{section}.{name}", value, expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +67,7 @@ class PartitionConfig:
     """At most so many of the oldest new partitions an update; 0 reads all of them."""
 
     def __post_init__(self) -> None:
-        _require(self.closed_after_s >= 0, "partitions.closed_after_s", self.closed_after_s, ">= 0")
-        _require(self.max_partitions >= 0, "partitions.max_partitions", self.max_partitions, ">= 0")
+        _check(self, "partitions", _NOT_NEGATIVE, "closed_after_s", "max_partitions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +78,7 @@ class LeaseConfig:
     """An updater that is silent for this long has lost its lease. It renews every quarter of it."""
 
     def __post_init__(self) -> None:
-        _require(self.duration_s >= 1, "lease.duration_s", self.duration_s, ">= 1")
+        _check(self, "lease", _AT_LEAST_1, "duration_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,36 +115,17 @@ class IngestConfig:
     """Seeds caps and negatives together with the update id. Privacy noise has no seed."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "num_shards",
-            "max_examples_per_user",
-            "max_positives",
-            "max_history_items",
-            "max_items_per_user_period",
-            "period_days",
-        ):
-            _require(getattr(self, key) >= 1, f"ingest.{key}", getattr(self, key), ">= 1")
-        for key in ("num_history_negatives", "num_popularity_negatives"):
-            _require(getattr(self, key) >= 0, f"ingest.{key}", getattr(self, key), ">= 0")
+        _check(self, "ingest", _AT_LEAST_1, "num_shards", "max_examples_per_user", "max_positives")
+        _check(self, "ingest", _AT_LEAST_1, "max_history_items", "max_items_per_user_period")
+        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives")
+        _check(self, "ingest", _NOT_NEGATIVE, "num_history_negatives", "num_popularity_negatives")
+        _check(self, "ingest", _FRACTION, "holdout_fraction")
+        _check(self, "ingest", _POSITIVE, "half_life_days")
+        gains = dict(self.gains)
         _require(
-            self.num_uniform_negatives >= 1,
-            "ingest.num_uniform_negatives",
-            self.num_uniform_negatives,
-            ">= 1",
-        )
-        _require(
-            0 < self.holdout_fraction < 1,
-            "ingest.holdout_fraction",
-            self.holdout_fraction,
-            "a fraction in (0, 1)",
-        )
-        _require(self.half_life_days > 0, "ingest.half_life_days", self.half_life_days, "> 0")
-        _require(
-            bool(self.gains)
-            and set(self.gains) <= {"click", "cart", "purchase"}
-            and all(gain > 0 for gain in self.gains.values()),
+            bool(gains) and set(gains) <= _OUTCOMES and all(gain > 0 for gain in gains.values()),
             "ingest.gains",
-            dict(self.gains),
+            gains,
             "positive gains for click, cart, purchase",
         )
 
@@ -153,10 +148,9 @@ class ModelConfig:
     """Width of the two hidden layers of the first version's head; later versions keep it."""
 
     def __post_init__(self) -> None:
-        _require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, ">= 1")
-        _require(self.lora_alpha > 0, "model.lora_alpha", self.lora_alpha, "> 0")
+        _check(self, "model", _AT_LEAST_1, "lora_rank", "hidden_units")
+        _check(self, "model", _POSITIVE, "lora_alpha")
         _require(2 <= self.max_tokens <= 512, "model.max_tokens", self.max_tokens, "2 to 512")
-        _require(self.hidden_units >= 1, "model.hidden_units", self.hidden_units, ">= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,16 +173,10 @@ class TrainConfig:
     """The new version is `previous + alpha * (trained - previous)`."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "num_workers",
-            "num_steps",
-            "bootstrap_num_steps",
-            "requests_per_step",
-            "microbatch_users",
-        ):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
-        for key in ("cpus_per_worker", "learning_rate", "bootstrap_learning_rate"):
-            _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "> 0")
+        _check(self, "train", _AT_LEAST_1, "num_workers", "num_steps", "bootstrap_num_steps")
+        _check(self, "train", _AT_LEAST_1, "requests_per_step", "microbatch_users")
+        _check(self, "train", _POSITIVE, "cpus_per_worker", "learning_rate")
+        _check(self, "train", _POSITIVE, "bootstrap_learning_rate")
         _require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")
 
 
@@ -214,22 +202,12 @@ class PrivacyConfig:
     """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
 
     def __post_init__(self) -> None:
-        for key in ("epsilon_total", "noise_multiplier", "count_noise_multiplier", "l2_clip_norm"):
-            value = getattr(self, key)
-            _require(value > 0 and math.isfinite(value), f"privacy.{key}", value, "> 0, finite")
-        _require(0 < self.delta < 1, "privacy.delta", self.delta, "a probability in (0, 1)")
-        _require(
-            0 < self.sampling_prob <= 1,
-            "privacy.sampling_prob",
-            self.sampling_prob,
-            "a probability in (0, 1]",
-        )
-        _require(
-            self.expected_batch_users >= 1,
-            "privacy.expected_batch_users",
-            self.expected_batch_users,
-            ">= 1",
-        )
+        _check(self, "privacy", _POSITIVE, "epsilon_total", "noise_multiplier", "l2_clip_norm")
+        _check(self, "privacy", _POSITIVE, "count_noise_multiplier")
+        _check(self, "privacy", _FRACTION, "delta")
+        _check(self, "privacy", _AT_LEAST_1, "expected_batch_users")
+        prob = self.sampling_prob
+        _require(0 < prob <= 1, "privacy.sampling_prob", prob, "a probability in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,8 +222,7 @@ class EvaluateConfig:
     """Resamples of users behind each interval."""
 
     def __post_init__(self) -> None:
-        for key in ("window_days", "max_users", "num_bootstrap"):
-            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), ">= 1")
+        _check(self, "evaluate", _AT_LEAST_1, "window_days", "max_users", "num_bootstrap")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,12 +236,9 @@ class GateConfig:
     """Held back when the 95% interval of after minus before reaches below minus this."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.min_holdout_users >= 1, "gate.min_holdout_users", self.min_holdout_users, ">= 1"
-        )
-        _require(
-            0 <= self.max_ndcg10_drop < 1, "gate.max_ndcg10_drop", self.max_ndcg10_drop, "in [0, 1)"
-        )
+        _check(self, "gate", _AT_LEAST_1, "min_holdout_users")
+        drop = self.max_ndcg10_drop
+        _require(0 <= drop < 1, "gate.max_ndcg10_drop", drop, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,25 +265,11 @@ class RolloutConfig:
     """A request counts for conversion only once it is this old (label maturity)."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.weight_fraction < 1,
-            "rollout.weight_fraction",
-            self.weight_fraction,
-            "a fraction in (0, 1)",
-        )
-        _require(self.min_requests >= 1, "rollout.min_requests", self.min_requests, ">= 1")
-        for key in ("interval_s", "latency_slo_ms", "deadline_s"):
-            _require(getattr(self, key) > 0, f"rollout.{key}", getattr(self, key), "> 0")
-        for key in ("max_bad_rate_increase", "max_conversion_drop", "error_probability"):
-            _require(
-                0 < getattr(self, key) < 1,
-                f"rollout.{key}",
-                getattr(self, key),
-                "a fraction in (0, 1)",
-            )
-        _require(
-            self.feedback_delay_s >= 0, "rollout.feedback_delay_s", self.feedback_delay_s, ">= 0"
-        )
+        _check(self, "rollout", _FRACTION, "weight_fraction", "max_bad_rate_increase")
+        _check(self, "rollout", _FRACTION, "max_conversion_drop", "error_probability")
+        _check(self, "rollout", _AT_LEAST_1, "min_requests")
+        _check(self, "rollout", _POSITIVE, "interval_s", "latency_slo_ms", "deadline_s")
+        _check(self, "rollout", _NOT_NEGATIVE, "feedback_delay_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 
 import polars as pl
 import pytest
@@ -31,7 +32,7 @@ def events(*rows: tuple[str, str, str]) -> pl.DataFrame:
 
 def test_the_updates_and_the_replay_cover_days_without_gap_or_overlap() -> None:
     spans = [days_of(week) for week in range(NUM_INCREMENTS + 2)]
-    for (_, last), (first, _) in zip(spans, spans[1:], strict=False):
+    for (_, last), (first, _) in itertools.pairwise(spans):
         assert first == last + datetime.timedelta(days=1)
 
 

@@ -24,7 +24,8 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from raysys.errors import RaysysError, RootError, StorageUnavailableError
-from raysys.storage import Root, _s3_error
+from raysys.storage import Root
+from raysys.storage.s3 import _s3_error
 from tests.helpers import OverwritingRoot
 
 NUM_WRITERS = 8

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raysys.config import Config
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, DataError
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
@@ -82,7 +82,7 @@ def run_update(
 
     Raises:
       EmptyPlanError: Nothing is new.
-      BudgetExhaustedError: What privacy is left does not suffice. Nothing was written.
+      BudgetExhaustedError: What privacy is left does not suffice. Nothing was read or written.
       LeaseHeldError: Another update is at work.
       RaysysError: As its subclass says. The partitions stay unconsumed.
     """
@@ -90,7 +90,7 @@ def run_update(
     root = Root(config.root)
     root.check_writable()
     key_id = Pseudonymizer.from_file(config.pseudonyms.key_file).key_id
-    resolve_encoder(config.model.encoder)
+    weights_sha256(resolve_encoder(config.model.encoder))
     log = Log(root)
     _delete_orphans(root, log)
     found, now = discover(root), time.time()
@@ -144,6 +144,8 @@ def _reserve(
             f"pseudonyms.key_file: holds key {key_id}, but the histories below {config.root} were "
             f"made with key {state.user_key_id}; give the old key back, or start a new root"
         )
+    if plan.base_state is None and not plan.item_files:
+        raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
     reserved = plan_privacy(config, plan).reserved
     if reserved is not None:
         check_reservation(state, reserved, config.privacy)

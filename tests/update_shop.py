@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateStarted
@@ -36,14 +35,14 @@ PERMANENT = ("events", "items", "ledger", "cache")
 PARENTS = ("staging", "state", "versions", "quarantine")
 SMALL = """
 model: {{encoder: {encoder}, max_tokens: 8, hidden_units: 8, lora_rank: 2}}
-lease: {{duration_s: 2.0}}
+lease: {{duration_s: {lease_s}}}
 ingest:
   num_shards: 2
   num_history_negatives: 6
   num_popularity_negatives: 4
   num_uniform_negatives: 8
 train: {{cpus_per_worker: 0.25, num_steps: {num_steps}, bootstrap_num_steps: {num_steps}}}
-privacy: {{expected_batch_users: 32, enabled: {private}}}
+privacy: {{expected_batch_users: 32, enabled: {private}, epsilon_total: {epsilon_total}}}
 evaluate: {{window_days: 1, num_bootstrap: 100}}
 gate: {{min_holdout_users: {min_holdout_users}, max_ndcg10_drop: 0.99}}
 """
@@ -51,8 +50,9 @@ gate: {{min_holdout_users: {min_holdout_users}, max_ndcg10_drop: 0.99}}
 
 def write_shop(folder: Path, root: Root, encoder: str, **changes: Any) -> Path:
     """Writes the config of a shop whose gate passes whatever was trained; returns its path."""
-    values = {"num_steps": 6, "private": "true", "min_holdout_users": 5, **changes}
-    return write_config(folder, root.uri, SMALL.format(encoder=encoder, **values))
+    defaults = {"num_steps": 6, "private": "true", "epsilon_total": 50, "min_holdout_users": 5}
+    values = {"encoder": encoder, "lease_s": 2.0, **defaults, **changes}
+    return write_config(folder, root.uri, SMALL.format(**values))
 
 
 def raw_id(number: int) -> str:
@@ -156,12 +156,10 @@ def find_raw_ids(root: Root) -> list[str]:
 
 
 def _text(path: str, data: bytes) -> str:
-    """An object's bytes, and its values where they are compressed or encoded."""
+    """An object's bytes, and its values where they are compressed: parquet alone is."""
     text = data.decode("latin-1")
     if path.endswith(".parquet"):
         text += str(pl.read_parquet(io.BytesIO(data)).to_dicts())
-    if path.endswith(".arrow"):
-        text += str(pa.ipc.open_file(data).read_all().to_pylist())
     return text
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     def on_step(step: int) -> None:
         if rank == 0 and (step % 10 == 0 or step == num_steps):
-            print(f"[train] step {step} of {num_steps}", flush=True)
+            # Not `print`: Ray Train replaces it and the line would come twice.
+            sys.stdout.write(f"[train] step {step} of {num_steps}\n")
+            sys.stdout.flush()
 
     trained = train_on_shards(
         job, shards, load_cached(root, folder).select(config["texts"]),

@@ -1,4 +1,4 @@
-"""Whole updates on a real Ray: below a local folder and on S3, killed, refused, held, not private."""
+"""Whole updates on a real Ray: on a local root and on S3, killed, refused, held, not private."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -21,9 +21,10 @@ from raysys.cli import app
 from raysys.config import load_config
 from raysys.errors import LeaseHeldError
 from raysys.evaluate.report import NOT_PRIVATE
+from raysys.ingest.pipeline import load_histories
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted
+from raysys.ledger.records import LeaseRenewed, UpdateCommitted, UpdateStarted
 from raysys.registry.store import load_version
 from raysys.registry.version import version_path
 from raysys.storage import Root
@@ -31,6 +32,7 @@ from raysys.update import run_update
 from tests.helpers import file_uses, started
 from tests.update_shop import (
     DAYS,
+    RAW_ID_MARK,
     contents,
     find_problems,
     find_raw_ids,
@@ -44,6 +46,10 @@ from tests.update_shop import (
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 REPOSITORY = Path(__file__).parents[2]
+LEASE_S = 4.0
+"""Where a second updater must see the first one renew, on a machine that is busy."""
+NUM_STEPS = 500
+"""Some seconds of training, to be killed in."""
 UNREADABLE = f"events/dt={DAYS[1]}/cut-off.parquet"
 LEFT_BEHIND = (
     "staging/u0009-dddddd/clean/0000/000000.parquet", "state/u0009-dddddd/items.json",
@@ -64,6 +70,11 @@ class Story:
     lines: list[str]
     raw_ids_on_the_way: list[str]
     """Objects that held a raw id when the gate had judged: staging is full then."""
+
+
+def histories(root: Root, commit: UpdateCommitted) -> set[tuple[str, int]]:
+    """Which user bought which item, as the update left it."""
+    return set(load_histories(root, commit.update_id).select("user", "item").iter_rows())
 
 
 def tell(root: Root, folder: Path, encoder: str) -> Story:
@@ -88,6 +99,7 @@ def tell(root: Root, folder: Path, encoder: str) -> Story:
     root.delete_prefix("events")
     for path in LEFT_BEHIND:
         root.put(path, b"left by a killed update")
+    assert len(find_problems(root)) == len(LEFT_BEHIND)
     story.num_rows.append(write_day(root, DAYS[2]))
     update()
     return story
@@ -127,9 +139,7 @@ class TestTwoUpdates:
     def test_the_second_starts_from_the_first(self, story: Story) -> None:
         first, second = story.commits
         assert first.base_version is None and second.base_version == first.version
-        versions = [load_version(story.root, commit) for commit in story.commits]
-        user = next(iter(versions[0]._histories))
-        assert set(versions[0].history(user).items) <= set(versions[1].history(user).items)
+        assert histories(story.root, first) < histories(story.root, second)
 
     def test_leave_nothing_but_what_was_committed(self, story: Story) -> None:
         assert story.problems == [[], []]
@@ -155,7 +165,7 @@ class TestTwoUpdates:
 
     def test_no_raw_user_id_is_kept_or_printed(self, story: Story) -> None:
         assert story.raw_ids_on_the_way == [] and find_raw_ids(story.root) == []
-        assert not any("user-" in line for line in story.lines)
+        assert RAW_ID_MARK not in "\n".join(story.lines)
 
     def test_every_reservation_is_charged_and_told(self, story: Story) -> None:
         state = Log(story.root).refresh()
@@ -168,3 +178,135 @@ class TestTwoUpdates:
 def test_a_local_root_and_s3_are_left_alike(tell_once: Callable[[str], Story]) -> None:
     local, s3 = tell_once("local"), tell_once("s3")
     assert [outline(c) for c in local.commits] == [outline(c) for c in s3.commits]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    {
+        "note.json": raw_id(7).encode(),
+        f"user={raw_id(7)}/empty.json": b"",
+        "compressed.parquet": parquet(pl.DataFrame({"user": [raw_id(7)] * 1000})),
+    }.items(),
+    ids=["bytes", "path", "compressed"],
+)
+def test_a_raw_user_id_would_be_found(local_root: Root, name: str, data: bytes) -> None:
+    local_root.put(f"events/dt={DAYS[0]}/{name}", data)
+    assert find_raw_ids(local_root) == []
+    local_root.put(f"state/u0001-aaaaaa/{name}", data)
+    assert find_raw_ids(local_root) == [f"state/u0001-aaaaaa/{name}"]
+
+
+@contextmanager
+def update_job(config: Path) -> Iterator[subprocess.Popen[str]]:
+    """The job as `ray job submit` starts it: its own process, which joins the running Ray."""
+    address = ray.get_runtime_context().gcs_address
+    job = subprocess.Popen(
+        [sys.executable, "jobs/update.py", "--config", str(config)],
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield job
+    finally:
+        job.kill()
+        job.communicate()
+
+
+def test_a_second_job_is_refused_while_one_runs(
+    local_root: Root, tmp_path: Path, tiny_encoder: str
+) -> None:
+    config = write_shop(tmp_path, local_root, tiny_encoder, lease_s=LEASE_S)
+    write_catalogue(local_root)
+    write_day(local_root, DAYS[0])
+    with Lease(Log(local_root), owner="elsewhere:1", duration_s=LEASE_S) as lease:
+        lease.start(lambda state: started("u0001-aaaaaa"))
+        before = without_ledger(local_root)
+        with update_job(config) as job:
+            printed, _ = job.communicate(timeout=120)
+        lease.check()
+        assert job.returncode == 75
+        own = [line for line in printed.splitlines() if line.startswith("raysys:")]
+        assert len(own) == 1 and "Traceback" not in printed
+        assert own[0].startswith("raysys: update u0001-aaaaaa is being run by elsewhere:1 (renewed")
+        assert without_ledger(local_root) == before
+        assert only_renewals_since_the_start(local_root)
+
+
+def without_ledger(root: Root) -> dict[str, bytes]:
+    return {path: data for path, data in contents(root).items() if not path.startswith("ledger/")}
+
+
+def only_renewals_since_the_start(root: Root) -> bool:
+    first, *rest = [entry.record for entry in Log(root).entries()]
+    return isinstance(first, UpdateStarted) and all(isinstance(r, LeaseRenewed) for r in rest)
+
+
+def test_an_update_killed_in_training_is_taken_over_held_and_built_upon(
+    local_root: Root, tmp_path: Path, tiny_encoder: str
+) -> None:
+    """One story, since an update takes seconds."""
+    root = local_root
+    held = {"num_steps": NUM_STEPS, "min_holdout_users": 1_000_000, "lease_s": LEASE_S}
+    config = write_shop(tmp_path, root, tiny_encoder, **held)
+    write_catalogue(root)
+    for day in DAYS[:2]:
+        write_day(root, day)
+
+    # A second updater is refused. Then comes kill -9, in the middle of training.
+    with update_job(config) as job:
+        printed = read_until(job, "reads 2 new partitions")
+        with pytest.raises(LeaseHeldError):
+            run_update(load_config(config))
+        printed += read_until(job, f"step 10 of {NUM_STEPS}")
+        os.kill(job.pid, signal.SIGKILL)
+        printed += job.communicate(timeout=30)[0]
+    assert f"step {NUM_STEPS} of {NUM_STEPS}" not in printed and RAW_ID_MARK not in printed
+    assert only_renewals_since_the_start(root)
+    dead = Log(root).refresh().active
+    assert dead is not None and dead.started.reserved is not None
+    assert any(f"staging/{dead.update_id}" in problem for problem in find_problems(root))
+
+    # The same command again reads the same, and leaves nothing of the dead one but its charge.
+    first = run_update(load_config(config))
+    assert find_problems(root) == [] and find_raw_ids(root) == []
+    assert first.partitions == dead.started.partitions
+    assert [partition.key for partition in first.partitions] == [f"events/dt={d}" for d in DAYS[:2]]
+    state = Log(root).refresh()
+    assert [(name, status) for name, _, status in state.spends] == [
+        (dead.update_id, "abandoned"),
+        (first.update_id, "committed"),
+    ]
+
+    # The gate held it back: no version, but what it read stays read and known.
+    assert first.version is None and first.verdict == "held"
+    assert "gate.min_holdout_users is 1000000" in first.reason
+    assert root.list("versions") == [] and state.head_state == first.update_id
+    assert all(path.startswith(f"state/{first.update_id}/") for path in first.artifacts)
+
+    # The next one starts from that state, and here without privacy.
+    write_day(root, DAYS[2])
+    second = run_update(load_config(write_shop(tmp_path, root, tiny_encoder, private="false")))
+    assert find_problems(root) == [] and find_raw_ids(root) == []
+    assert [partition.key for partition in second.partitions] == [f"events/dt={DAYS[2]}"]
+    assert second.base_version is None and second.version is not None
+    assert histories(root, first) < histories(root, second)
+    load_version(root, second).check_golden()
+    assert second.spent is None and Log(root).refresh().spends == state.spends
+    assert NOT_PRIVATE in root.read_bytes(version_path(second.version, "report.md")).decode()
+    write_shop(tmp_path, root, tiny_encoder)
+    for command in ("status", "budget"):
+        told = CliRunner().invoke(app, [command, "--config", str(config)]).output
+        assert f"{NOT_PRIVATE} Updates: {second.update_id}" in told
+
+
+def read_until(job: subprocess.Popen[str], mark: str) -> str:
+    assert job.stdout is not None
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if mark in line:
+            return "".join(lines)
+    raise AssertionError(f"the job ended without {mark!r}:\n{''.join(lines)}")

@@ -148,7 +148,8 @@ def serve_config(cluster: LocalCluster, config_path: Path) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((REPO / "serve_configs" / "ranker.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": cluster.http_port}
     (application,) = config["applications"]
-    application["args"] = {"config": str(config_path)}
+    # The replayed week is of 2017.
+    application["args"] = {"config": str(config_path), "max_ts_age_s": 1.0e9}
     for deployment in application["deployments"]:
         # A replica a node is for clusters: here is one node.
         deployment.pop("max_replicas_per_node", None)
@@ -293,7 +294,7 @@ def print_summary(summary: dict[str, Any], answers: list[Answer], curl: tuple[st
             f"({rollout['observed_fraction_all']:.3f} of their {rollout['requests_all']:,} "
             f"requests); {rollout['failed']} of {len(answers):,} requests failed"
         )
-        print_conversion(answers)
+        print_conversion([answer for answer in answers if answer.during_canary])
     print(f"canary {rollout['verdict']}: {rollout['reason']}")
     print(f"\n{curl[0]}\n{curl[1]}")
     print(f"\nAll figures: build/demo/summary.json ({summary['seconds']:.0f} s). "

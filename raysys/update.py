@@ -25,7 +25,7 @@ from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import privacy_statement, render_report
 from raysys.ingest.features import IndexArray
-from raysys.ingest.pipeline import Ingested, IngestJob, ingest, period_ends
+from raysys.ingest.pipeline import Ingested, IngestJob, ingest, period_ends, read_items
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
@@ -106,6 +106,7 @@ def run_update(
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
         reserve(state)
+        _require_catalogue(root, plan_of(state))
     start_ray()
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
         started = lease.start(reserve)
@@ -144,8 +145,6 @@ def _reserve(
             f"pseudonyms.key_file: holds key {key_id}, but the histories below {config.root} were "
             f"made with key {state.user_key_id}; give the old key back, or start a new root"
         )
-    if plan.base_state is None and not plan.item_files:
-        raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
     reserved = plan_privacy(config, plan).reserved
     if reserved is not None:
         check_reservation(state, reserved, config.privacy)
@@ -165,6 +164,18 @@ def _reserve(
         private=reserved is not None,
         reserved=reserved,
     )
+
+
+def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
+    """Refuses a first update without items before privacy is reserved for it."""
+    if plan.base_state is not None:
+        return
+    rows, bad_files = read_items(root, plan.item_files)
+    if rows.is_empty():
+        reason = next(iter(bad_files.values()), "no item files")
+        raise DataError(
+            f"the catalogue is empty ({reason}): write item rows below items/dt=YYYY-MM-DD/ first"
+        )
 
 
 def _run(run: _Run) -> UpdateCommitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -148,6 +149,7 @@ class FakeReplica:
         records: Iterable[Record] = (),
         config: RolloutConfig | None = None,
         item_ids: Sequence[str] = (),
+        max_ts_age_s: float = math.inf,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -167,6 +169,7 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
         self.replica = Replica(self.service, follower, impressions, feedback)

@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import functools
 import io
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -86,9 +87,10 @@ def ingest(job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
     """Runs the graph.
 
     Raises:
-      DataError: The catalogue is empty, or an item file is unreadable.
+      DataError: The catalogue is empty.
     """
-    before = upsert(_base_items(job), read_items(job.root, item_files))
+    upserts, bad_items = read_items(job.root, item_files)
+    before = upsert(_base_items(job), upserts)
     if before.catalogue.is_empty():
         raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
     item_ids = ray.put(before.catalogue["item_id"].to_list())
@@ -101,46 +103,64 @@ def ingest(job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
     save_item_state(job.root, job.update_id, states[-1])
     built = _map(job, functools.partial(_build_shard, tables=ray.put(tables)), shards)
 
+    bad_files = bad_items | {k: v for row in cleaned for k, v in row["bad_files"].items()}
+    if bad_files:
+        listed = json.dumps(bad_files, indent=1, sort_keys=True).encode()
+        job.root.put(f"{quarantine(job.update_id)}/files.json", listed)
     row_counts = sum((Counter(row["row_counts"]) for row in [*cleaned, *bounded]), Counter[str]())
     return Ingested(
         num_rows=sum(row["num_rows"] for row in cleaned),
         num_users=sum(row["num_users"] for row in built),
         num_examples=sum(row["num_examples"] for row in built),
         row_counts=dict(sorted(row_counts.items())),
-        quarantined_files={k: v for row in cleaned for k, v in row["bad_files"].items()},
+        quarantined_files=bad_files,
         items=tables[-1],
         items_before=tables[period_of(np.array([job.window_start]), job.period_ends)[0]],
     )
 
 
-def read_items(root: Root, item_files: Iterable[FileRef]) -> pl.DataFrame:
+def read_items(root: Root, item_files: Iterable[FileRef]) -> tuple[pl.DataFrame, dict[str, str]]:
     """Reads catalogue upserts.
 
-    Raises:
-      DataError: A file is unreadable, lacks `item_id`, or has a type that does not fit.
+    Returns:
+      Their rows, and path -> reason of the files that cannot be used.
     """
-    frames = [pl.DataFrame(schema=ITEM_SCHEMA)]
+    frames, bad_files = [pl.DataFrame(schema=ITEM_SCHEMA)], {}
     for file in item_files:
-        frame = read_parquet_file(root.read_bytes(file.path), file.path)
-        if "item_id" not in frame.columns:
-            raise DataError(f"{file.path} has no column item_id; it has {frame.columns}")
-        frames.append(select_as(frame, ITEM_SCHEMA, file.path))
+        try:
+            frames.append(_read_item_file(root, file.path))
+        except DataError as error:
+            bad_files[file.path] = str(error)
     epoch = pl.lit(datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), ITEM_SCHEMA["updated_at"])
     rows = pl.concat(frames).filter(pl.col("item_id").fill_null("") != "")
-    return rows.with_columns(pl.col("updated_at").fill_null(epoch))
+    return rows.with_columns(pl.col("updated_at").fill_null(epoch)), bad_files
+
+
+def _read_item_file(root: Root, path: str) -> pl.DataFrame:
+    frame = read_parquet_file(root.read_bytes(path), path)
+    if "item_id" not in frame.columns:
+        raise DataError(f"{path} has no column item_id; it has {frame.columns}")
+    return select_as(frame, ITEM_SCHEMA, path)
 
 
 def period_ends(partitions: Iterable[PartitionRef], period_days: int) -> list[float]:
-    """Returns where runs of `period_days` days end, from the first partition's day to the last's.
+    """Returns where the periods end into which the partitions fall, at most `period_days` long.
 
-    >>> days = [PartitionRef(key=f"events/dt=2017-03-{d:02}", files=()) for d in (1, 2, 9)]
+    Days without a partition make no period: a stray old one must not be charged for the years
+    between.
+
+    >>> days = [PartitionRef(key=f"events/dt=2017-03-{d:02}", files=()) for d in (1, 2, 29)]
     >>> [end / 86400 for end in period_ends(days, 7)]
-    [17233.0, 17235.0]
+    [17228.0, 17255.0]
     """
-    dates = sorted(partition_date(p.key) for p in partitions)
-    num_days = (dates[-1] - dates[0]).days + 1
-    ends = range(period_days, num_days + period_days, period_days)
-    return [_midnight(dates[0]) + min(end, num_days) * DAY_S for end in ends]
+    starts: list[datetime.date] = []
+    ends: list[float] = []
+    for date in sorted(partition_date(p.key) for p in partitions):
+        if not starts or (date - starts[-1]).days >= period_days:
+            starts.append(date)
+            ends.append(0.0)
+        ends[-1] = _midnight(date) + DAY_S
+    return ends
 
 
 def _map(

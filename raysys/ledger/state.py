@@ -73,7 +73,8 @@ class State:
     rollout: RolloutChanged | None = None
     """The last transition."""
     rolled_back: frozenset[str] = frozenset()
-    """Versions that were taken out of traffic after a trial."""
+    """Versions that were taken out of traffic: rolled back on trial, or undone by the promotion of
+    one that they descend from. A version that is promoted later is sound again, and its line."""
 
     @property
     def versions(self) -> dict[str, UpdateCommitted]:
@@ -218,13 +219,32 @@ def _after_start(state: State, record: UpdateStarted, at: float) -> State:
 
 def _after_rollout(state: State, record: RolloutChanged) -> State:
     is_new = state.rollout is None or state.rollout.rollout_id != record.rollout_id
-    failed = state.canary if record.phase == "rolled_back" else None
     return dataclasses.replace(
         state,
         rollout=record,
         num_rollouts=state.num_rollouts + is_new,
-        rolled_back=state.rolled_back | ({failed} if failed else set()),
+        rolled_back=_rolled_back(state, record),
     )
+
+
+def _rolled_back(state: State, record: RolloutChanged) -> frozenset[str]:
+    if record.phase == "rolled_back" and state.canary:
+        return state.rolled_back | {state.canary}
+    if record.phase == "promoted":
+        kept = _line(state, record.stable)
+        before = _line(state, state.stable)
+        undone = before - kept if record.stable in before else set[str]()
+        return (state.rolled_back | undone) - kept
+    return state.rolled_back
+
+
+def _line(state: State, version: str | None) -> set[str]:
+    """Returns a version and those that it was trained on top of."""
+    versions, found = state.versions, set[str]()
+    while version is not None:
+        found.add(version)
+        version = versions[version].base_version if version in versions else None
+    return found
 
 
 def _after_commit(state: State, record: UpdateCommitted) -> State:

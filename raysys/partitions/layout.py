@@ -20,6 +20,9 @@ STATE = "state"
 VERSIONS = "versions"
 QUARANTINE = "quarantine"
 
+SERVED_FILES = ("impressions-", "feedback-")
+"""How files begin that replicas write below `events/`, at any time of any day."""
+
 _PARTITION = re.compile(rf"{EVENTS}/dt=(\d{{4}}-\d{{2}}-\d{{2}})")
 
 

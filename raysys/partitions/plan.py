@@ -18,7 +18,15 @@ from raysys.errors import EmptyPlanError, PartitionChangedError
 from raysys.ledger.records import FileRef, PartitionRef
 from raysys.ledger.state import State
 from raysys.partitions.discover import Discovered
-from raysys.partitions.layout import EVENTS, QUARANTINE, STAGING, STATE, VERSIONS, partition_date
+from raysys.partitions.layout import (
+    EVENTS,
+    QUARANTINE,
+    SERVED_FILES,
+    STAGING,
+    STATE,
+    VERSIONS,
+    partition_date,
+)
 
 _DAY_S = 86_400.0
 
@@ -54,8 +62,8 @@ def plan_update(found: Discovered, state: State, config: PartitionConfig, now: f
       now: UNIX seconds.
 
     Raises:
-      PartitionChangedError: A consumed partition got late files or rewritten ones, and the config
-        says `fail`.
+      PartitionChangedError: A consumed partition got late files of the shop or rewritten ones, and
+        the config says `fail`. What replicas wrote is complete file by file, and never late.
       EmptyPlanError: Nothing is new.
     """
     closed = [p for p in found.partitions if _closes_at(p, config) <= now]
@@ -129,12 +137,18 @@ def _refuse_rewritten(found: Discovered, state: State) -> None:
 
 
 def _refuse_late(new: Iterable[PartitionRef], state: State) -> None:
-    late = [p for p in new if p.files and p.key in state.consumed_partitions]
+    late = [
+        (p.key, file.path)
+        for p in new
+        if p.key in state.consumed_partitions
+        for file in p.files
+        if not file.path.rpartition("/")[2].startswith(SERVED_FILES)
+    ]
     if late:
-        first = late[0]
+        key, path = late[0]
         raise PartitionChangedError(
-            f"{first.files[0].path}{_more(sum(len(p.files) for p in late))} came after update "
-            f"{state.consumed_partitions[first.key]} consumed {first.key}; set "
+            f"{path}{_more(len(late))} came after update "
+            f"{state.consumed_partitions[key]} consumed {key}; set "
             "partitions.late_files: consume to train on just the late files, or move them away"
         )
 

@@ -191,6 +191,8 @@ class RankerArgs(BaseModel):
     feedback_interval_s: Annotated[float, Field(gt=0)] = 1.0
     """Feedback waits up to so long for its file, and its caller with it: shorter is faster, and
     makes more and smaller files."""
+    max_ts_age_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """How far in the past a request may say that it was made. It decides the partition."""
     impressions_interval_s: Annotated[float, Field(gt=0)] = 10.0
     """Impressions wait so long for theirs; a replica that is killed loses those that wait."""
 
@@ -242,6 +244,7 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        max_ts_age_s=args.max_ts_age_s,
     )
     return Replica(service, Follower(service, log, controller), impressions, feedback)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -45,6 +46,9 @@ NO_VIEW = RolloutView(
     sequence=0, rollout_id=None, stable=None, canary=None, previous=None, weight_fraction=0.0
 )
 """Before the ledger was read."""
+
+MAX_TS_AHEAD_S = 3600.0
+"""Clocks of clients may be ahead by so much."""
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = versions
@@ -95,6 +100,7 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._max_ts_age_s = max_ts_age_s
         self._clock = clock
 
     def adopt(self, view: RolloutView) -> None:
@@ -130,6 +136,7 @@ class RankService:
             could score, 503 no version is loaded.
         """
         started, now = time.perf_counter(), self._clock()
+        self._check_ts(request.ts, now)
         nonce = new_nonce()
         key = request.user_id or request.request_id or nonce
         choice = self._choose(key, forced_version)
@@ -157,6 +164,8 @@ class RankService:
         Raises:
           ApiError: 404 the request id is none of ours, 422 another user's, 503 not stored.
         """
+        for event in request.events:
+            self._check_ts(event.ts, self._clock())
         tag = self._ids.read(request.request_id)
         if tag is None:
             raise ApiError(
@@ -183,6 +192,15 @@ class RankService:
             self.tally.converted(tag)
         self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
         return FeedbackAnswer(accepted=len(rows))
+
+    def _check_ts(self, ts: float | None, now: float) -> None:
+        """Refuses times that would write into partitions of long ago, or of days to come."""
+        if ts is not None and not now - self._max_ts_age_s <= ts <= now + MAX_TS_AHEAD_S:
+            raise ApiError(
+                422,
+                f"ts: {ts:.0f} is not within {self._max_ts_age_s:g} s before and "
+                f"{MAX_TS_AHEAD_S:g} s after now; leave it out for now, or send UNIX seconds",
+            )
 
     def resident(self) -> VersionsAnswer:
         """Says which versions are in memory, and which are not and why."""

@@ -124,7 +124,12 @@ def eventually(check: Callable[[], bool], what: str, timeout_s: float = 60.0) ->
 def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     shop = Shop(tmp_path_factory.mktemp("shop"))
     shop.commit(STABLE)
-    args = RankerArgs(config=str(shop.config), feedback_interval_s=0.1, impressions_interval_s=0.5)
+    args = RankerArgs(
+        config=str(shop.config),
+        max_ts_age_s=1e9,
+        feedback_interval_s=0.1,
+        impressions_interval_s=0.5,
+    )
     port = int(shop.url.rpartition(":")[2])
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     controller = RolloutController.bind(str(shop.config))  # type: ignore[attr-defined]

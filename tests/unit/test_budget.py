@@ -108,6 +108,16 @@ def test_the_report_adds_up_and_says_what_it_means() -> None:
     assert report.delta == CONFIG.delta and "PLD" in report.accountant
 
 
+def test_abandoned_updates_count_in_what_reports_state_as_spent() -> None:
+    state = with_updates(2)
+    statuses = ("abandoned", "committed")
+    spends = tuple((u, s, t) for (u, s, _), t in zip(state.spends, statuses, strict=True))
+    mixed = dataclasses.replace(state, spends=spends)
+    assert spent_epsilon(mixed, CONFIG.delta) == report_budget(mixed, CONFIG).epsilon_spent
+    alone = dataclasses.replace(state, spends=spends[1:])
+    assert spent_epsilon(mixed, CONFIG.delta) > spent_epsilon(alone, CONFIG.delta)
+
+
 def test_what_is_left_is_never_negative() -> None:
     report = report_budget(with_updates(2), dataclasses.replace(CONFIG, epsilon_total=0.1))
     assert (report.epsilon_left, report.updates_left) == (0.0, 0)

@@ -177,6 +177,20 @@ class TestRolledBack:
         updates = (FIRST, committed(FIRST), self.OTHER, committed(self.OTHER))
         assert folded(*updates, rollout(), done).head_version == "v0002-bbbbbb"
 
+    def test_an_undone_promotion_is_not_trained_on(self) -> None:
+        """The operator's way back from a bad promotion is a rollout of the version before."""
+        updates = (FIRST, committed(FIRST), self.OTHER, committed(self.OTHER))
+        done = rollout("promoted", stable="v0002-bbbbbb", previous="v0001-aaaaaa")
+        back = rollout("promoted", stable="v0001-aaaaaa", previous="v0002-bbbbbb")
+        state = folded(*updates, rollout(), done, back)
+        assert (state.stable, state.head_version) == ("v0001-aaaaaa", "v0001-aaaaaa")
+
+    def test_a_version_that_passes_a_second_trial_is_trained_on_again(self) -> None:
+        updates = (FIRST, committed(FIRST), self.OTHER, committed(self.OTHER))
+        done = rollout("promoted", stable="v0002-bbbbbb", previous="v0001-aaaaaa")
+        state = folded(*updates, rollout(), self.BAD, rollout(), done)
+        assert (state.stable, state.head_version) == ("v0002-bbbbbb", "v0002-bbbbbb")
+
 
 ILLEGAL: dict[str, list[Record]] = {
     "commit-without-start": [committed(FIRST)],

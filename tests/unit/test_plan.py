@@ -163,6 +163,12 @@ class TestChangedPartitions:
             "files, or move them away"
         )
 
+    @pytest.mark.parametrize("name", ["impressions-1.parquet", "feedback-1.parquet"])
+    def test_what_replicas_wrote_is_never_late(self, name: str) -> None:
+        """They write at any time of the day, and each file is complete by itself."""
+        whole, served = partition(DAYS[0], "a.parquet", name), partition(DAYS[0], name)
+        assert plan(found(whole), consumed(partition(DAYS[0]))).partitions == (served,)
+
     def test_late_files_alone_are_read_where_the_config_says_so(self) -> None:
         planned = plan(self.LATE, self.STATE, late_files="consume")
         assert planned.partitions == (partition(DAYS[0], "c", "d"), partition(DAYS[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +62,13 @@ def make(
     canary: FakeVersion | Exception | None = None,
     config: RolloutConfig | None = None,
     item_ids: Sequence[str] = (),
+    max_ts_age_s: float = math.inf,
 ) -> FakeReplica:
     versions = {
         STABLE: FakeVersion(STABLE) if stable is None else stable,
         CANARY: FakeVersion(CANARY) if canary is None else canary,
     }
-    return FakeReplica(root, versions, records, config, item_ids)
+    return FakeReplica(root, versions, records, config, item_ids, max_ts_age_s)
 
 
 @pytest.fixture
@@ -370,6 +372,21 @@ def test_an_item_of_the_newest_catalogue_stays_known_after_a_rollback(local_root
         assert (order(answer), answer["unknown_candidates"]) == (["bread"], ["eggs"])
         body = {"candidates": ["never-heard-of", "bread"]}
         assert "'never-heard-of'" in error_of(client.post("/v1/rank", json=body), 422)
+
+
+@pytest.mark.parametrize("ts", [12.0, 1e9, 4e9], ids=["1970", "long ago", "to come"])
+def test_a_time_far_from_now_is_refused_and_writes_no_partition(
+    local_root: Root, ts: float
+) -> None:
+    replica = make(local_root, one_version(), max_ts_age_s=3600.0)
+    with replica.client() as client:
+        now = rank(client, ts=time.time() - 60)
+        body = {"candidates": CANDIDATES, "ts": ts}
+        assert "ts:" in error_of(client.post("/v1/rank", json=body), 422)
+        event = {"event_type": "click", "item_id": "apple", "ts": ts}
+        feedback = {"request_id": now["request_id"], "events": [event]}
+        assert "ts:" in error_of(client.post("/v1/feedback", json=feedback), 422)
+    assert len(local_root.list_folders("events")) <= 1
 
 
 def test_a_failing_stable_version_is_a_500_in_one_line(local_root: Root) -> None:

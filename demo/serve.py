@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 
@@ -21,8 +22,11 @@ def main() -> int:
             cluster.deploy(serve_config(cluster, config_path))
             print(f"Serving at {cluster.url} (API: {cluster.url}/docs); Ctrl-C ends it.")
             print(f"In another shell: source {cluster.write_environment()}")
-            if (FOLDER / "curl.txt").exists():
-                print((FOLDER / "curl.txt").read_text(), flush=True)
+            if (curl := FOLDER / "curl.txt").exists():
+                # Port 8000 may be taken this time, or may have been when the demo ran.
+                line = re.sub(r"http://127\.0\.0\.1:\d+", cluster.url, curl.read_text())
+                curl.write_text(line)
+                print(line, flush=True)
             signal.pause()
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The columns of event and item files. Unknown columns stay in the shop's files, unread.
 
-An impression is one item shown in one request; a click, cart or purchase is an outcome. An outcome
-without impressions stands for itself: its candidates are then sampled.
+An impression is one item shown in one request; a click, cart or purchase is an outcome. Outcomes are
+trained on, with sampled candidates; impressions are counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import polars as pl
 EventType = Literal["impression", "click", "cart", "purchase"]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 Surface = Literal["search", "recommend", "ads"]
-SURFACES: tuple[Surface, ...] = get_args(Surface)
 
 _TIME = pl.Datetime("us", "UTC")
 
@@ -46,5 +45,3 @@ ITEM_SCHEMA: dict[str, pl.DataType] = {
     "updated_at": _TIME,
 }
 """One row is an upsert: of an item's rows the newest `updated_at` counts."""
-
-REQUIRED_ITEM_COLUMNS = frozenset({"item_id", "title", "updated_at"})

@@ -1,7 +1,7 @@
 """The columns of event and item files. Unknown columns stay in the shop's files, unread.
 
-An impression is one item shown in one request; a click, cart or purchase is an outcome. Outcomes are
-trained on, with sampled candidates; impressions are counted.
+An impression is one item shown in one request; a click, cart or purchase is an outcome. Outcomes
+are trained on, with sampled candidates; impressions are counted.
 """
 
 from __future__ import annotations

@@ -111,7 +111,10 @@ def run_update(
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
         started = lease.start(reserve)
         state = log.refresh()
-        plan = plan_of(state)
+        # A rollback since then may have moved the base: what was recorded holds.
+        plan = dataclasses.replace(
+            plan_of(state), base_version=started.base_version, base_state=started.base_state
+        )
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
         _delete_orphans(root, log)
         run = _Run(

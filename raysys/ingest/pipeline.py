@@ -39,6 +39,7 @@ from raysys.ledger.records import FileRef, PartitionRef
 from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +189,7 @@ def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
     num_refused = sum(map(len, refused))
     if num_refused:
         path = f"{quarantine(job.update_id)}/rows-{date.isoformat()}.parquet"
-        job.root.put(path, _parquet(pl.concat(refused)))
+        job.root.put(path, to_parquet(pl.concat(refused)))
     if usable:
         _write_shards(job, pl.concat(usable), row["index"])
     return {
@@ -202,7 +203,7 @@ def _write_shards(job: IngestJob, rows: pl.DataFrame, index: int) -> None:
     sharded = rows.with_columns(_shard=user_shard(job.config.ingest.num_shards))
     for (shard,), part in sharded.group_by("_shard"):
         path = f"{_shard_folder(job, int(str(shard)), 'clean')}/{index:06}.parquet"
-        job.root.put(path, _parquet(part.drop("_shard")))
+        job.root.put(path, to_parquet(part.drop("_shard")))
 
 
 def _bound_shard(
@@ -213,7 +214,7 @@ def _bound_shard(
     outcomes, row_counts = find_outcomes(
         rows, item_ids=ids, gains=job.config.ingest.gains, ends=ends
     )
-    job.root.put(f"{_shard_folder(job, shard, 'outcomes')}/all.parquet", _parquet(outcomes))
+    job.root.put(f"{_shard_folder(job, shard, 'outcomes')}/all.parquet", to_parquet(outcomes))
     counts = bounded_counts(
         outcomes,
         num_periods=len(ends),
@@ -255,8 +256,8 @@ def _build_shard(
         seed=job.seed,
     )
     job.root.put(examples_path(job.update_id, shard), result.examples.to_bytes())
-    job.root.put(cases_path(job.update_id, shard), _parquet(result.cases))
-    job.root.put(histories_path(job.update_id, shard), _parquet(result.histories))
+    job.root.put(cases_path(job.update_id, shard), to_parquet(result.cases))
+    job.root.put(histories_path(job.update_id, shard), to_parquet(result.histories))
     return {"num_users": result.num_users, "num_examples": len(result.examples.user)}
 
 
@@ -298,12 +299,6 @@ def _read_frames(root: Root, folder: str, schema: Mapping[str, pl.DataType]) -> 
     files = root.list(folder)
     frames = [pl.read_parquet(io.BytesIO(root.read_bytes(file.path))) for file in files]
     return pl.concat([pl.DataFrame(schema=schema), *frames] if schema else frames)
-
-
-def _parquet(frame: pl.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    return buffer.getvalue()
 
 
 def _midnight(date: datetime.date) -> float:

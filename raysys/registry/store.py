@@ -36,6 +36,7 @@ from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.partitions.layout import state_folder
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a golden score: matrix kernels differ a little between processors."""
@@ -189,10 +190,9 @@ def publish(
 
     The folder counts as a version only once a commit record names it.
     """
-    buffer = io.BytesIO()
-    pl.DataFrame({"text": weights.texts, "embedding": weights.text.tolist()}).with_columns(
+    texts = pl.DataFrame({"text": weights.texts, "embedding": weights.text.tolist()}).with_columns(
         pl.col("embedding").cast(pl.List(pl.Float32))
-    ).write_parquet(buffer)
+    )
     files = {
         "manifest.json": manifest.to_bytes(),
         "head.safetensors": save_tensors(
@@ -201,7 +201,7 @@ def publish(
         "encoder.safetensors": save_tensors(
             {"weight": np.ascontiguousarray(weights.adapted_weight)}
         ),
-        "texts.parquet": buffer.getvalue(),
+        "texts.parquet": to_parquet(texts),
         "report.md": report.encode(),
         **{f"adapter/{name}": data for name, data in adapter.items()},
     }

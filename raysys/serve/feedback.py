@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
-import io
 import logging
 import uuid
 from collections import defaultdict
@@ -28,6 +27,7 @@ from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.serve.request_id import RequestTag
 from raysys.serve.schema import FeedbackRequest, RankedItem
 from raysys.storage import Root
+from raysys.storage.parquet import to_parquet
 
 MAX_BATCH_ROWS = 20_000
 """A file is written early when so many rows wait for it."""
@@ -180,10 +180,9 @@ class EventWriter:
 
     def _put(self, rows: Sequence[Row]) -> None:
         for day, of_day in _by_day(rows):
-            buffer = io.BytesIO()
-            pl.DataFrame(of_day, schema=EVENT_SCHEMA).write_parquet(buffer)
+            frame = pl.DataFrame(of_day, schema=EVENT_SCHEMA)
             name = f"{self._prefix}-{uuid.uuid4().hex}.parquet"
-            self._root.put(f"{events_prefix(day)}/{name}", buffer.getvalue())
+            self._root.put(f"{events_prefix(day)}/{name}", to_parquet(frame))
 
     def _wake(self) -> None:
         self._has_rows.set()

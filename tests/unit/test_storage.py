@@ -120,7 +120,9 @@ class TestEveryRoot:
         assert not root.exists("a")
 
     def test_deleting_what_is_absent_is_no_error(self, root: Root) -> None:
+        root.put("a", b"")
         root.delete_prefix("staging/u1")
+        assert [info.path for info in root.list("")] == ["a"]
 
     @pytest.mark.parametrize("path", ["", "/", "../x", "a/../../x"], ids=repr)
     def test_refuses_a_path_that_leaves_the_root(self, root: Root, path: str) -> None:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raysys.errors import RootError
 from raysys.storage.store import TEMP, ObjectInfo
@@ -32,6 +32,10 @@ class LocalStore:
     def read_bytes(self, path: str) -> bytes:
         with self._reported("read", path):
             return (self._base / path).read_bytes()
+
+    def open_input(self, path: str) -> BinaryIO:
+        with self._reported("read", path):
+            return (self._base / path).open("rb")
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         with self._reported("list", prefix):

@@ -12,7 +12,7 @@ import re
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raysys.errors import RootError, StorageUnavailableError
 from raysys.storage.local import LocalStore
@@ -46,6 +46,16 @@ class Root:
           FileNotFoundError: There is none.
         """
         return self._store.read_bytes(_checked(path))
+
+    def open_input(self, path: str) -> BinaryIO:
+        """Returns an object as a seekable file, for `pyarrow.parquet.ParquetFile`. Close it.
+
+        Nothing is read ahead, so a parquet file costs its footer and the columns that are read.
+
+        Raises:
+          FileNotFoundError: There is none.
+        """
+        return self._store.open_input(_checked(path))
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         """Returns all objects below the folder `prefix`, at any depth, sorted by path."""

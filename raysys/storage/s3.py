@@ -9,9 +9,10 @@ import functools
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from raysys.errors import RootError, StorageUnavailableError
+from raysys.storage.ranges import RangeReader
 from raysys.storage.store import TEMP, ObjectInfo
 
 _CREATE_ATTEMPTS = 5
@@ -46,6 +47,18 @@ class S3Store:
         with self._reported(path):
             data: bytes = self._fs.cat_file(self._full(path))
             return data
+
+    def open_input(self, path: str) -> BinaryIO:
+        head = self._head(path)
+        if head is None:
+            raise FileNotFoundError(f"{self._uri}/{path}")
+
+        def read_range(start: int, stop: int) -> bytes:
+            with self._reported(path):
+                data: bytes = self._fs.cat_file(self._full(path), start=start, end=stop)
+                return data
+
+        return cast(BinaryIO, RangeReader(head["ContentLength"], read_range))
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         with self._reported(prefix):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 TEMP = ".tmp"
 """The folder of writes under way; never listed."""
@@ -24,6 +24,7 @@ class Store(Protocol):
     """What differs between a local folder and S3. Paths are checked by the caller."""
 
     def read_bytes(self, path: str) -> bytes: ...
+    def open_input(self, path: str) -> BinaryIO: ...
     def list(self, prefix: str) -> builtins.list[ObjectInfo]: ...
     def list_folders(self, prefix: str) -> builtins.list[str]: ...
     def exists(self, path: str) -> bool: ...

@@ -86,7 +86,11 @@ class IngestConfig:
     """How events become examples, item statistics and user histories."""
 
     num_shards: int = 4
-    """User shards: the unit of parallel ingest, and of the data that a train worker owns."""
+    """User shards, at least: the unit of parallel ingest, and of what a train worker owns. An
+    update that reads much has a multiple of it, so that no task needs more memory than another."""
+    task_bytes: int = 16_000_000
+    """Bytes of event files that one task reads, and that one shard gets: small files are read
+    together."""
     max_examples_per_user: int = 4
     """A user's requests kept an update, chosen at random."""
     max_positives: int = 6
@@ -117,7 +121,7 @@ class IngestConfig:
     def __post_init__(self) -> None:
         _check(self, "ingest", _AT_LEAST_1, "num_shards", "max_examples_per_user", "max_positives")
         _check(self, "ingest", _AT_LEAST_1, "max_history_items", "max_items_per_user_period")
-        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives")
+        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives", "task_bytes")
         _check(self, "ingest", _NOT_NEGATIVE, "num_history_negatives", "num_popularity_negatives")
         _check(self, "ingest", _FRACTION, "holdout_fraction")
         _check(self, "ingest", _POSITIVE, "half_life_days")
@@ -128,6 +132,52 @@ class IngestConfig:
             gains,
             "positive gains for click, cart, purchase",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LabelConfig:
+    """How impressions get their labels from the outcomes that follow them."""
+
+    attribution_window_s: float = 86_400.0
+    """An outcome counts for an impression of the same user, request and item up to so long after
+    it. An impression is trained on once this has passed (label maturity)."""
+    late_window_s: float = 604_800.0
+    """For so long a trained request is remembered, so that an outcome which comes too late for it
+    is recognised, counted, and not trained on as if nothing had been shown."""
+    late_outcomes: Literal["count", "weight"] = "count"
+    """Count them only, or also weight outcomes that came in time for those that did not."""
+    late_fraction: float = 0.0
+    """Share of outcomes that come too late: outcomes in time weigh `1 / (1 - late_fraction)`. A
+    constant that you read off earlier reports: measured on the same data it would leak."""
+    positive_weight: float = 1.0
+    """Weight of a candidate with an outcome, in the loss."""
+    negative_keep_fraction: float = 1.0
+    """Share of the shown items without outcome that are kept, at random. The loss knows it, so
+    scores mean the same as without."""
+    positive_repeats: int = 1
+    """A request with an outcome stands so many times in the draw of a user's requests."""
+    decision_threshold: float = 0.5
+    """Probability from which a candidate is flagged, where a version decides (risk alerts)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "labels", _POSITIVE, "attribution_window_s", "positive_weight")
+        _check(self, "labels", _NOT_NEGATIVE, "late_window_s")
+        _check(self, "labels", _AT_LEAST_1, "positive_repeats")
+        _check(self, "labels", _FRACTION, "decision_threshold")
+        kept, late = self.negative_keep_fraction, self.late_fraction
+        _require(0 < kept <= 1, "labels.negative_keep_fraction", kept, "a fraction in (0, 1]")
+        _require(0 <= late < 1, "labels.late_fraction", late, "a fraction in [0, 1)")
+        _require(
+            late == 0 or self.late_outcomes == "weight",
+            "labels.late_fraction",
+            late,
+            "0, or labels.late_outcomes: weight",
+        )
+
+    @property
+    def in_time_weight(self) -> float:
+        """Weight of an outcome that came in time."""
+        return 1 / (1 - self.late_fraction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +213,9 @@ class TrainConfig:
     num_steps: int = 15
     bootstrap_num_steps: int = 40
     """Steps of the first update, which starts from a hand-set head."""
+    loss: Literal["listwise", "pointwise"] = "listwise"
+    """Softmax over a request's candidates, which needs an outcome, or a probability for each of
+    them, which learns from requests without one too."""
     learning_rate: float = 5e-4
     bootstrap_learning_rate: float = 1e-3
     requests_per_step: int = 1
@@ -282,6 +335,7 @@ class Config:
     partitions: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)

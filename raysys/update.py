@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysys.config import Config
@@ -25,8 +25,11 @@ from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import privacy_statement, render_report
 from raysys.ingest.features import IndexArray
-from raysys.ingest.pipeline import Ingested, IngestJob, ingest, period_ends, read_items
+from raysys.ingest.items import read_items
+from raysys.ingest.periods import periods_of
+from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.seen import updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
@@ -135,7 +138,7 @@ def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
     return PrivacyPlan.for_update(
         config.privacy,
         num_steps=train_config.bootstrap_num_steps if first else train_config.num_steps,
-        num_count_releases=len(period_ends(plan.partitions, config.ingest.period_days)),
+        num_count_releases=len(periods_of(plan.partitions, config.ingest.period_days)),
     )
 
 
@@ -186,7 +189,7 @@ def _run(run: _Run) -> UpdateCommitted:
     run.lease.check()
     texts, text_of_item = text_indexes(ingested.items)
     base, base_weights = _load_base(run)
-    trained = _train(run, base, base_weights, texts, text_of_item)
+    trained = _train(run, ingested, base, base_weights, texts, text_of_item)
     run.lease.check()
     comparison = compare(
         run.root,
@@ -196,7 +199,7 @@ def _run(run: _Run) -> UpdateCommitted:
         before=Weights(head=base, text=trained.text_before),
         after=Weights(head=trained.head, text=trained.text_after),
         config=run.config.evaluate,
-        num_shards=run.config.ingest.num_shards,
+        num_shards=ingested.num_shards,
     )
     decision = judge(comparison, run.config.gate)
     run.on_progress(f"gate {decision.verdict}: {decision.reason}")
@@ -215,10 +218,12 @@ def _ingest(run: _Run) -> Ingested:
     )
     job = IngestJob(
         root=run.root,
+        work=run.root,
         config=run.config,
         update_id=run.update_id,
         base_state=run.plan.base_state,
         partitions=partitions,
+        read_before=updates_to_ask(run.state.committed, partitions),
         seed=run.started.seed,
     )
     ingested = ingest(job, run.plan.item_files)
@@ -226,7 +231,9 @@ def _ingest(run: _Run) -> Ingested:
         run.on_progress(f"quarantined file {path}: {reason}")
     run.on_progress(
         f"{ingested.num_rows:,} rows of {ingested.num_users:,} users became "
-        f"{ingested.num_examples:,} examples; rows: {ingested.row_counts}"
+        f"{ingested.num_examples:,} examples; rows: {_told(ingested.row_counts)}; impressions: "
+        f"{_told(ingested.label_counts['impressions'])}; outcomes: "
+        f"{_told(ingested.label_counts['outcomes'])}"
     )
     return ingested
 
@@ -240,6 +247,7 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
 
 def _train(
     run: _Run,
+    ingested: Ingested,
     base: Head,
     base_weights: VersionWeights | None,
     texts: list[str],
@@ -261,9 +269,7 @@ def _train(
         text_of_item=text_of_item,
         seed=run.started.seed,
     )
-    return train(
-        job, texts, root=run.root, update_id=run.update_id, num_shards=config.ingest.num_shards
-    )
+    return train(job, texts, root=run.root, update_id=run.update_id, num_shards=ingested.num_shards)
 
 
 def _publish(
@@ -314,6 +320,8 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "base version": run.plan.base_version or "none: a head set by hand",
             "partitions": f"{partitions[0].key} to {partitions[-1].key} ({len(partitions)})",
             "rows": ingested.row_counts,
+            "impressions": ingested.label_counts["impressions"],
+            "outcomes": ingested.label_counts["outcomes"],
             "users": ingested.num_users,
             "steps": run.privacy.spend.num_steps,
         },
@@ -343,6 +351,8 @@ def _record(
         num_rows=ingested.num_rows,
         num_users=ingested.num_users,
         row_counts=ingested.row_counts,
+        label_counts=ingested.label_counts,
+        example_hashes=ingested.example_hashes,
         quarantined_files=ingested.quarantined_files,
         artifacts=artifacts,
         metrics=_without_nan(dataclasses.asdict(comparison)),
@@ -363,6 +373,11 @@ def _delete_orphans(root: Root, log: Log) -> None:
     folders = work_folders(root)
     for folder in orphan_folders(log.refresh(), folders):
         root.delete_prefix(folder)
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    """Names what there was; the record also says what was looked for and not found."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none"
 
 
 def _without_nan(value: Any) -> Any:

@@ -22,7 +22,8 @@ from raysys import update
 from raysys.config import Config, ModelConfig
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
-from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path, histories_path
+from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path
+from raysys.ingest.shard_state import shard_path
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted
@@ -75,11 +76,12 @@ class Steps:
         job.root.put(f"{state_folder(name)}/items.parquet", name.encode())
         job.root.put(examples_path(name, 0), b"examples")
         job.root.put(cases_path(name, 0), b"cases")
-        job.root.put(histories_path(name, 0), name.encode())
+        job.root.put(shard_path(name, "histories", 0, 2), name.encode())
         table = item_table()
         return Ingested(
-            num_rows=1, num_users=1, num_examples=1, row_counts={"outcome": 1},
-            quarantined_files={}, items=table, items_before=table,
+            num_rows=1, num_users=1, num_examples=1, num_shards=2, row_counts={"outcome": 1},
+            label_counts={"impressions": {}, "outcomes": {"without_impression": 1}},
+            example_hashes={}, quarantined_files={}, items=table, items_before=table,
         )  # fmt: skip
 
     def encode_new_texts(self, root: Root, config: ModelConfig, texts: list[str]) -> int:

@@ -19,7 +19,9 @@ from raysys.errors import DataError
 from raysys.ingest.pseudonym import Pseudonymizer, is_pseudonym
 from raysys.partitions.schema import EVENT_SCHEMA, EVENT_TYPES, REQUIRED_EVENT_COLUMNS
 
-CLEAN_COLUMNS = ["user", "item_id", "ts", "event_id", "event_type", "request_id", "query"]
+CLEAN_COLUMNS = [
+    "user", "item_id", "ts", "event_id", "event_type", "request_id", "query", "position",
+]  # fmt: skip
 MAX_CLOCK_SKEW = datetime.timedelta(hours=14)
 """Partitions may be cut by the shop's own time zone."""
 _DAY = datetime.timedelta(days=1)

@@ -120,6 +120,10 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    """`impressions` and `outcomes`: where each row of them went, those that had waited included."""
+    example_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Path of every shard's examples -> sha256. They are gone; a replay must make them again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

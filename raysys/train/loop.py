@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 
 from raysys.config import ModelConfig, TrainConfig
 from raysys.errors import PrivacyError
-from raysys.ingest.examples import ExampleSet
+from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.model.encoder import TextEncoder, TokenActivations
-from raysys.model.losses import listwise_loss
+from raysys.model.losses import LOSSES
 from raysys.model.merge import interpolate, merge_lora
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import Head
@@ -133,7 +133,7 @@ def _run_steps(
         for i, part in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
             if len(part):
-                losses.extend(_backward(module, batches.take(part)))
+                losses.extend(_backward(module, batches.take(part), job.train.loss))
                 require_per_user_gradients(zip(names, parameters, strict=True), len(part))
             else:
                 set_empty_gradients(parameters)
@@ -147,9 +147,9 @@ def _run_steps(
     return losses
 
 
-def _backward(module: RankerModule, batch: dict[str, torch.Tensor]) -> list[float]:
-    gains, log_q, valid = (batch.pop(name) for name in ("gains", "log_q", "valid"))
-    loss = listwise_loss(module(**batch), gains, log_q, valid)
+def _backward(module: RankerModule, batch: dict[str, torch.Tensor], loss_name: str) -> list[float]:
+    labels = {name: batch.pop(name) for name in ("gains", "weight", "log_q", "valid")}
+    loss = LOSSES[loss_name](module(**batch), **labels)
     loss.sum().backward()  # type: ignore[no-untyped-call]
     return list(loss.detach().tolist())
 
@@ -204,10 +204,13 @@ class _Batches:
             name: np.stack(
                 [_padded(getattr(self._shards[s], name)[r], num_requests) for s, r in rows]
             )
-            for name in ("candidates", "gains", "log_q", "features", "attended", "attention")
-        }
-        # A padded request repeats the first one, with no gain and hence no loss or gradient.
+            for name in (
+                "candidates", "gains", "weight", "log_q", "features", "attended", "attention",
+            )
+        }  # fmt: skip
+        # A padded request repeats the first one, with no candidate and hence no loss or gradient.
         for user, (_, chosen) in enumerate(rows):
+            fields["candidates"][user, len(chosen) :] = -1
             fields["gains"][user, len(chosen) :] = 0.0
         candidates = fields["candidates"]
         text_index = torch.from_numpy(self._text_of_item[candidates].astype(np.int64))
@@ -217,6 +220,7 @@ class _Batches:
             "history_text": self._history_text(fields["attended"], fields["attention"]),
             "query_text": self._query_texts(rows, num_requests),
             "gains": torch.from_numpy(fields["gains"]),
+            "weight": torch.from_numpy(fields["weight"]),
             "log_q": torch.from_numpy(fields["log_q"]),
             "valid": torch.from_numpy(candidates >= 0),
         }

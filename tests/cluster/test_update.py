@@ -21,7 +21,7 @@ from raysys.cli import app
 from raysys.config import load_config
 from raysys.errors import LeaseHeldError
 from raysys.evaluate.report import NOT_PRIVATE
-from raysys.ingest.pipeline import load_histories
+from raysys.ingest.shard_state import load_histories
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import LeaseRenewed, UpdateCommitted, UpdateStarted

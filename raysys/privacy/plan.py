@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from opacus.optimizers import DistributedDPOptimizer
 
@@ -53,12 +54,25 @@ class PrivacyPlan:
         """What the ledger is charged, None without privacy."""
         return self.spend if self.enabled else None
 
-    def sampler(self, num_users: int) -> PoissonSampler:
+    def rng(self, seed: int, world_rank: int) -> np.random.Generator:
+        """Returns the generator of a worker's draws.
+
+        Under privacy it comes from the operating system's entropy, whatever the seed: a seed that
+        ranks share would give them the same masks, and one that is known would undo the
+        amplification by sampling. Without privacy it comes from the seed, so that an update can be
+        replayed.
+        """
+        return (
+            np.random.default_rng() if self.enabled else np.random.default_rng([seed, world_rank])
+        )
+
+    def sampler(self, num_users: int, rng: np.random.Generator) -> PoissonSampler:
         """Returns the sampler of a worker that holds `num_users` users."""
         return PoissonSampler(
             num_users=num_users,
             num_steps=self.spend.num_steps,
             sampling_prob=self.spend.sampling_prob,
+            rng=rng,
         )
 
     def optimizer(

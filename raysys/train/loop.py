@@ -92,11 +92,12 @@ def train_on_shards(
     if job.adapted_weight is not None:
         dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy())
     torch.seed()  # whatever is drawn from here on differs by rank and by run
+    rng = job.plan.rng(job.seed, torch.distributed.get_rank())
     tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
     module = RankerModule(tower, HeadModule(job.head))
     text_before = tower.embed_all()
-    batches = _Batches(shards, job, text_before, query_text)
-    losses = _run_steps(job, module, batches, num_workers=num_workers, on_step=on_step)
+    batches = _Batches(shards, job, text_before, query_text, rng)
+    losses = _run_steps(job, module, batches, rng, num_workers=num_workers, on_step=on_step)
 
     with torch.no_grad():
         tower.lora_b.mul_(job.train.alpha)
@@ -117,6 +118,7 @@ def _run_steps(
     job: TrainJob,
     module: RankerModule,
     batches: _Batches,
+    rng: np.random.Generator,
     *,
     num_workers: int,
     on_step: Callable[[int], None],
@@ -128,7 +130,7 @@ def _run_steps(
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / num_steps, 0))
     optimizer = job.plan.optimizer(adam, num_workers=num_workers)
     losses: list[float] = []
-    for step, users in enumerate(job.plan.sampler(batches.num_users)):
+    for step, users in enumerate(job.plan.sampler(batches.num_users, rng)):
         parts = np.array_split(users, max(-(-len(users) // job.train.microbatch_users), 1))
         for i, part in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
@@ -184,12 +186,13 @@ class _Batches:
         job: TrainJob,
         text_before: torch.Tensor,
         query_text: dict[str, torch.Tensor],
+        rng: np.random.Generator,
     ) -> None:
         self._shards, self._text = shards, text_before
         self._text_of_item = job.text_of_item
         self._requests_per_step = job.train.requests_per_step
         self._rows = list(_rows_of_users(shards))
-        self._rng = np.random.default_rng()
+        self._rng = rng
         self._query_text = query_text
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -58,10 +59,11 @@ def seen_bytes(rows: pl.DataFrame) -> bytes:
     days = rows.select("user", "event_id").with_columns(days_of(rows))
     events = days.unique().sort("day", "user", "event_id")
     table = events.select("day", "user", "event_id").to_arrow(compat_level=pl.CompatLevel.oldest())
-    bounds = np.flatnonzero(np.diff(events["day"].to_numpy(), prepend=-1))
+    day = events["day"].to_numpy()
+    starts = np.flatnonzero(np.diff(day, prepend=day[:1] - 1))
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        for start, end in zip(bounds, [*bounds[1:], len(events)], strict=True):
+        for start, end in itertools.pairwise([*starts.tolist(), len(events)]):
             writer.write_table(table.slice(start, end - start), row_group_size=end - start)
     return sink.getvalue()
 

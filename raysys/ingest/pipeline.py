@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from raysys.config import Config
 from raysys.errors import DataError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
-from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file, select_as
+from raysys.ingest.clean import CLEAN_SCHEMA, Cleaned
 from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.outcomes import find_outcomes, period_of
 from raysys.ingest.pseudonym import Pseudonymizer, user_shard
+from raysys.ingest.read import read_events, read_item_file
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef, PartitionRef
 from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
@@ -129,19 +130,13 @@ def read_items(root: Root, item_files: Iterable[FileRef]) -> tuple[pl.DataFrame,
     frames, bad_files = [pl.DataFrame(schema=ITEM_SCHEMA)], {}
     for file in item_files:
         try:
-            frames.append(_read_item_file(root, file.path))
+            rows, _ = read_item_file(root.read_bytes(file.path), file.path)
+            frames.append(rows)
         except DataError as error:
             bad_files[file.path] = str(error)
     epoch = pl.lit(datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), ITEM_SCHEMA["updated_at"])
     rows = pl.concat(frames).filter(pl.col("item_id").fill_null("") != "")
     return rows.with_columns(pl.col("updated_at").fill_null(epoch)), bad_files
-
-
-def _read_item_file(root: Root, path: str) -> pl.DataFrame:
-    frame = read_parquet_file(root.read_bytes(path), path)
-    if "item_id" not in frame.columns:
-        raise DataError(f"{path} has no column item_id; it has {frame.columns}")
-    return select_as(frame, ITEM_SCHEMA, path)
 
 
 def period_ends(partitions: Iterable[PartitionRef], period_days: int) -> list[float]:
@@ -176,25 +171,35 @@ def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
     partition = job.partitions[row["index"]]
     date = partition_date(partition.key)
     pseudonymizer = Pseudonymizer.from_file(job.config.pseudonyms.key_file)
-    usable, refused, bad_files = [], [], {}
+    span = (_midnight(date), _midnight(date) + DAY_S)
+    parts, refused, bad_files = [], [], {}
     for file in partition.files:
         try:
-            frame = conform(read_parquet_file(job.root.read_bytes(file.path), file.path), file.path)
+            part = read_events(
+                job.root.read_bytes(file.path),
+                file.path,
+                contract=job.config.schema,
+                pseudonymizer=pseudonymizer,
+                span=span,
+            )
         except DataError as error:
             bad_files[file.path] = str(error)
             continue
-        good, bad = clean_events(frame, pseudonymizer, date=date)
-        usable.append(good)
-        refused.append(bad.with_columns(path=pl.lit(file.path)))
-    num_refused = sum(map(len, refused))
-    if num_refused:
-        path = f"{quarantine(job.update_id)}/rows-{date.isoformat()}.parquet"
-        job.root.put(path, to_parquet(pl.concat(refused)))
-    if usable:
-        _write_shards(job, pl.concat(usable), row["index"])
+        parts.append(part)
+        refused.append(part.refused.with_columns(path=pl.lit(file.path)))
+    cleaned = Cleaned.concat(parts)
+    folder = quarantine(job.update_id)
+    if len(cleaned.refused):
+        rows = to_parquet(pl.concat(refused))
+        job.root.put(f"{folder}/rows-{date.isoformat()}.parquet", rows)
+    if len(cleaned.rescued):
+        rows = to_parquet(cleaned.rescued)
+        job.root.put(f"{folder}/rescued-{date.isoformat()}.parquet", rows)
+    if parts:
+        _write_shards(job, cleaned.usable, row["index"])
     return {
-        "num_rows": num_refused + sum(map(len, usable)),
-        "row_counts": {"quarantined": num_refused},
+        "num_rows": cleaned.num_rows,
+        "row_counts": {"quarantined": len(cleaned.refused)},
         "bad_files": bad_files,
     }
 
@@ -210,7 +215,7 @@ def _bound_shard(
     row: dict[str, Any], job: IngestJob, item_ids: ray.ObjectRef[list[str]]
 ) -> dict[str, Any]:
     shard, ends, ids = row["shard"], job.period_ends, ray.get(item_ids)
-    rows = _read_frames(job.root, _shard_folder(job, shard, "clean"), _CLEAN_SCHEMA)
+    rows = _read_frames(job.root, _shard_folder(job, shard, "clean"), CLEAN_SCHEMA)
     outcomes, row_counts = find_outcomes(
         rows, item_ids=ids, gains=job.config.ingest.gains, ends=ends
     )
@@ -280,9 +285,6 @@ def load_histories(root: Root, update_id: str) -> pl.DataFrame:
     """Reads the histories of all users, HISTORY_SCHEMA, sorted by user and item."""
     folder = f"{state_folder(update_id)}/histories"
     return _read_frames(root, folder, HISTORY_SCHEMA).sort("user", "item")
-
-
-_CLEAN_SCHEMA = {name: pl.Float64() if name == "ts" else pl.String() for name in CLEAN_COLUMNS}
 
 
 def _base_items(job: IngestJob) -> ItemState:

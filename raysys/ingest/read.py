@@ -141,12 +141,12 @@ def _types(
     if twice:
         raise DataError(f"{path} has column {', '.join(twice)} twice; keep one of each")
     known = [field for field in schema if field.name in wanted]
-    strange = [field for field in known if not _can_read(field.type)]
-    if strange:
-        raise DataError(
-            f"{path} has {strange[0].type} in column {strange[0].name}; "
-            f"write it as {accepted(wanted[strange[0].name])}"
-        )
+    for field in known:
+        if pa.types.is_nested(field.type):
+            raise DataError(f"{path} has nested values in column {field.name}; flatten them")
+        if not _can_read(field.type):
+            good = accepted(wanted[field.name])
+            raise DataError(f"{path} has {field.type} in column {field.name}; write it as {good}")
     return dict(_frame(pa.schema(known).empty_table(), wanted).schema)
 
 
@@ -160,15 +160,12 @@ def _can_read(found: pa.DataType) -> bool:
 
 
 def _can_rescue(found: pa.DataType) -> bool:
-    """Whether it can be written as JSON; of nested types, lists and structs of what has a text."""
+    """Whether it can be written as JSON: a single value, or lists and structs of such."""
     if pa.types.is_struct(found):
-        return all(_can_rescue(field.type) and not _is_binary(field.type) for field in found)
-    if (
-        pa.types.is_list(found)
-        or pa.types.is_large_list(found)
-        or pa.types.is_fixed_size_list(found)
-    ):
-        return _can_rescue(found.value_type) and not _is_binary(found.value_type)
+        return all(_can_rescue(field.type) for field in found)
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_one(found) for is_one in is_list):
+        return _can_rescue(found.value_type)
     return _can_read(found)
 
 

@@ -2,15 +2,13 @@
 
     added columns of usable rows -> rescue() -> event_id, ts, rescued
 
-The raw user id is written nowhere: a value that equals it is replaced by the row's pseudonym, also
-inside of nested values, whose numbers become text for that. A text that merely contains the id
-stays as it is.
+The raw user id is written nowhere: a value that equals it, also one inside of a list or struct, is
+replaced by the row's pseudonym. A text that merely contains the id stays as it is.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import polars as pl
 
@@ -34,42 +32,47 @@ def rescue(
       rows: `user`, `event_id` and `ts`.
     """
     counts = {f"rescued:{name}": len(extra) - extra[name].null_count() for name in extra.columns}
-    columns = [_without_user(extra[name], raw_users, rows["user"]) for name in extra.columns]
-    kept = pl.DataFrame(columns)
-    text = kept.select(pl.struct(pl.all()).struct.json_encode()).to_series()
-    if any(column.dtype.is_nested() for column in columns):
-        text = _without_nested_user(text, raw_users, rows["user"])
+    kept = pl.DataFrame([_without_user(column, raw_users, rows["user"]) for column in extra])
+    rescued = rows.select("event_id", "ts").with_columns(
+        kept.select(pl.struct(pl.all()).struct.json_encode().alias("rescued")).to_series()
+    )
     has_value = kept.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
-    rescued = rows.select("event_id", "ts").with_columns(rescued=text).filter(has_value)
-    return rescued, +Counter(counts)
+    return rescued.filter(has_value), +Counter(counts)
 
 
 def _without_user(column: pl.Series, raw: pl.Series, pseudonym: pl.Series) -> pl.Series:
-    if column.dtype.is_nested():
-        return column.cast(_with_text_leaves(column.dtype))
+    """The column with the pseudonym for each value that equals the raw id of its row."""
     if column.dtype == pl.Binary:
         return column.bin.encode("base64")
+    if isinstance(column.dtype, pl.Struct):
+        return _struct_without_user(column, raw, pseudonym)
+    if isinstance(column.dtype, pl.Array):
+        column = column.arr.to_list()
+    if isinstance(column.dtype, pl.List):
+        return _list_without_user(column, raw, pseudonym)
     same = (convert(column, pl.String()) == raw).fill_null(False)
     if not same.any():
         return column
     return pseudonym.zip_with(same, column.cast(pl.String)).alias(column.name)
 
 
-def _with_text_leaves(dtype: Any) -> pl.DataType:
-    if isinstance(dtype, pl.Struct):
-        return pl.Struct({field.name: _with_text_leaves(field.dtype) for field in dtype.fields})
-    if isinstance(dtype, pl.List | pl.Array):
-        return pl.List(_with_text_leaves(dtype.inner))
-    return pl.String()
+def _struct_without_user(column: pl.Series, raw: pl.Series, pseudonym: pl.Series) -> pl.Series:
+    fields = [_without_user(field, raw, pseudonym) for field in column.struct.unnest()]
+    value = pl.when(column.is_not_null()).then(pl.struct(pl.all()))
+    return pl.DataFrame(fields).select(value.alias(column.name)).to_series()
 
 
-def _without_nested_user(text: pl.Series, raw: pl.Series, pseudonym: pl.Series) -> pl.Series:
-    quoted = raw.alias("v").to_frame().select(pl.struct("v").struct.json_encode()).to_series()
-    inside = quoted.str.slice(len('{"v":"')).str.head(-len('"}'))
-    frame = pl.DataFrame({"text": text, "raw": inside, "pseudonym": pseudonym})
-    result = pl.col("text")
-    for suffix in ("", ".0"):  # as a float leaf writes a whole number
-        old = pl.concat_str(pl.lit('"'), "raw", pl.lit(f'{suffix}"'))
-        new = pl.concat_str(pl.lit('"'), "pseudonym", pl.lit('"'))
-        result = result.str.split(old).list.join(new)
-    return frame.select(result).to_series()
+def _list_without_user(column: pl.Series, raw: pl.Series, pseudonym: pl.Series) -> pl.Series:
+    rows = pl.DataFrame({"row": pl.int_range(len(column), eager=True), "value": column})
+    flat = rows.filter(pl.col("value").list.len() > 0).explode("value")
+    owner = flat["row"]
+    values = _without_user(flat["value"], raw.gather(owner), pseudonym.gather(owner))
+    lists = (
+        pl.DataFrame({"row": owner, "kept": values})
+        .group_by("row", maintain_order=True)
+        .agg("kept")
+    )
+    joined = rows.join(lists, on="row", how="left", maintain_order="left")
+    empty = pl.Series([[]], dtype=lists.schema["kept"])
+    kept = pl.when(pl.col("value").list.len() == 0).then(pl.lit(empty).first()).otherwise("kept")
+    return joined.select(kept.alias(column.name)).to_series()

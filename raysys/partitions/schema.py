@@ -93,11 +93,11 @@ def plan_columns(
 
     Args:
       names: All columns of the file, each with whether its values can be kept as JSON.
-      found: Types of those that the contract knows.
+      found: Types of those that the contract knows, none of them nested.
 
     Raises:
       DataError: The file is to be quarantined: a required column is missing without a default or
-        has an impossible type, a column is nested or there twice, or one is not to be there.
+        has an impossible type, or a column is not to be there.
     """
     added = tuple(name for name in names if name not in EVENT_SCHEMA)
     if added and config.added_columns == "fail":
@@ -133,14 +133,11 @@ def check_types(
     required: frozenset[str],
     path: str,
 ) -> None:
-    """Refuses a file for the types of its columns.
+    """Refuses a file of which no row could be used.
 
     Raises:
-      DataError: A column is nested, or a required one is of a type of which no value can fit.
+      DataError: A required column is of a type of which no value can fit.
     """
-    nested = [name for name in schema if name in found and found[name].is_nested()]
-    if nested:
-        raise DataError(f"{path} has nested values in column {', '.join(nested)}; flatten them")
     for name in sorted(required & set(found)):
         if not can_fit(found[name], schema[name]):
             raise DataError(

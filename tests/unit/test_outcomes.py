@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysys.ingest.clean import CLEAN_COLUMNS
+from raysys.ingest.clean import CLEAN_SCHEMA
 from raysys.ingest.outcomes import find_outcomes, period_of
 
-SCHEMA = {name: pl.Float64() if name == "ts" else pl.String() for name in CLEAN_COLUMNS}
 GAINS = {"click": 1.0, "cart": 2.0, "purchase": 3.0}
 
 
@@ -25,7 +24,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def find(*rows: dict[str, Any], item_ids: tuple[str, ...] = ("i0", "i1")) -> Any:
-    frame = pl.DataFrame(list(rows), schema=SCHEMA)
+    frame = pl.DataFrame(list(rows), schema=CLEAN_SCHEMA)
     return find_outcomes(frame, item_ids=item_ids, gains=GAINS, ends=[10.0, 20.0])
 
 

@@ -36,6 +36,10 @@ _AT_LEAST_1: _Bound = (lambda value: value >= 1, ">= 1")
 _POSITIVE: _Bound = (lambda value: 0 < value < math.inf, "> 0")
 _FRACTION: _Bound = (lambda value: 0 < value < 1, "a fraction in (0, 1)")
 _OUTCOMES = frozenset({"click", "cart", "purchase"})
+_DEFAULTS = {
+    "event_type": ("impression", "click", "cart", "purchase"),
+    "surface": ("search", "recommend", "ads"),
+}
 
 
 def _check(config: object, section: str, bound: _Bound, *names: str) -> None:
@@ -79,6 +83,47 @@ class LeaseConfig:
 
     def __post_init__(self) -> None:
         _check(self, "lease", _AT_LEAST_1, "duration_s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SchemaConfig:
+    """What becomes of event columns and values that are not as the contract has them.
+
+    What is done is counted by column, in rows: `ingest.clean` names the counters.
+    """
+
+    added_columns: Literal["ignore", "rescue", "fail"] = "ignore"
+    """Columns that the contract does not know. ignore: they stay in the shop's files, unread.
+    rescue: their values are kept as JSON beside the update. fail: the file is quarantined."""
+    missing_columns: Literal["fail", "default"] = "fail"
+    """A file without a required column. fail: it is quarantined. default: `defaults` fills the
+    column; without a default the file is quarantined all the same. Optional ones become null."""
+    defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Value of each column, `event_type` or `surface`, that a file may lack."""
+    derive_event_id: bool = False
+    """Whether a file may lack `event_id`: it is then made of user, item, time, type and request,
+    so that rows that agree in all of these count once."""
+    wrong_values: Literal["quarantine", "default"] = "quarantine"
+    """A value that does not fit its column's type. quarantine: the row is. default: an optional
+    column's value becomes null; a required one's row is quarantined all the same."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.defaults.items():
+            known = _DEFAULTS.get(name)
+            _require(
+                known is not None,
+                "schema.defaults",
+                name,
+                f"a column out of {', '.join(_DEFAULTS)}",
+            )
+            assert known is not None
+            _require(value in known, f"schema.defaults.{name}", value, " or ".join(known))
+        _require(
+            not self.defaults or self.missing_columns == "default",
+            "schema.missing_columns",
+            self.missing_columns,
+            "'default', since schema.defaults is set",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +379,7 @@ class Config:
     pseudonyms: PseudonymConfig
     partitions: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
+    schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
     labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

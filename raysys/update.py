@@ -176,7 +176,7 @@ def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
     """Refuses a first update without items before privacy is reserved for it."""
     if plan.base_state is not None:
         return
-    rows, bad_files = read_items(root, plan.item_files)
+    rows, _, bad_files = read_items(root, plan.item_files)
     if rows.is_empty():
         reason = next(iter(bad_files.values()), "no item files")
         raise DataError(
@@ -227,6 +227,8 @@ def _ingest(run: _Run) -> Ingested:
         seed=run.started.seed,
     )
     ingested = ingest(job, run.plan.item_files)
+    if ingested.column_counts:
+        run.on_progress(f"columns: {_told(ingested.column_counts)}")
     for path, reason in ingested.quarantined_files.items():
         run.on_progress(f"quarantined file {path}: {reason}")
     run.on_progress(
@@ -351,6 +353,7 @@ def _record(
         num_rows=ingested.num_rows,
         num_users=ingested.num_users,
         row_counts=ingested.row_counts,
+        column_counts=ingested.column_counts,
         label_counts=ingested.label_counts,
         example_hashes=ingested.example_hashes,
         quarantined_files=ingested.quarantined_files,

@@ -1,7 +1,7 @@
 """One task of an update's first stage: files in, clean rows split by user shard out.
 
-    files -> clean -> staging/UPDATE/clean/<task>-<n>.arrow
-                      quarantine/UPDATE/rows-<task>-<n>.parquet
+    files -> read.iter_events -> staging/UPDATE/clean/<task>-<n>.arrow
+                                 quarantine/UPDATE/rows-<task>-<n>.parquet, rescued-…
 
 A file that cannot be read is named and left out; rows that cannot be used go to quarantine. What
 was read is written in parts, so that a large file needs no more memory than a small one.
@@ -9,26 +9,25 @@ was read is written in parts, so that a large file needs no more memory than a s
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 
 from raysys.config import Config
 from raysys.errors import DataError
-from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file
+from raysys.ingest.clean import Cleaned
+from raysys.ingest.periods import span_of
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.read import iter_events
 from raysys.ingest.shards import write_sharded
 from raysys.ledger.records import FileRef
-from raysys.partitions.layout import partition_date, quarantine, staging
+from raysys.partitions.layout import quarantine, staging
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
-CLEAN_SCHEMA = {
-    name: {"ts": pl.Float64(), "position": pl.Int32()}.get(name, pl.String())
-    for name in CLEAN_COLUMNS
-}
 PART_ROWS = 2_000_000
 """Rows held before a part is written."""
 
@@ -50,51 +49,115 @@ def clean_task(
       task: Its number, which names what it writes.
 
     Returns:
-      `num_rows` read, `row_counts` of those refused, `bad_files` with reasons, and the `paths` of
-      what was written, in order.
+      `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, and
+      the `paths` of what was written, in order.
     """
     pseudonymizer = Pseudonymizer.from_file(config.pseudonyms.key_file)
+    parts = _Parts(target, update_id, task, num_shards)
     bad_files: dict[str, str] = {}
-    paths: list[str] = []
-    counts: Counter[str] = Counter(quarantined=0)
-    num_rows = 0
-    for part, (usable, refused) in enumerate(_parts(files, source, pseudonymizer, bad_files)):
-        name = f"{task:06}-{part:04}"
-        num_rows += len(usable) + len(refused)
-        counts["quarantined"] += len(refused)
-        if len(refused):
-            target.put(f"{quarantine(update_id)}/rows-{name}.parquet", to_parquet(refused))
-        if len(usable):
-            paths.append(f"{staging(update_id)}/clean/{name}.arrow")
-            target.put(paths[-1], write_sharded(usable, num_shards))
+    for key, file in files:
+        try:
+            with source.open_input(file.path) as opened:
+                for part in iter_events(
+                    opened,
+                    file.path,
+                    contract=config.schema,
+                    pseudonymizer=pseudonymizer,
+                    span=span_of(key),
+                ):
+                    parts.add(part, file.path)
+        except DataError as error:
+            bad_files[file.path] = str(error)
+            parts.discard_file()
+        else:
+            parts.keep_file()
+    parts.close()
     return {
-        "num_rows": num_rows,
-        "row_counts": dict(counts),
+        "num_rows": parts.num_rows,
+        "row_counts": dict(parts.row_counts),
+        "column_counts": dict(parts.column_counts),
         "bad_files": bad_files,
-        "paths": paths,
+        "paths": parts.paths,
     }
 
 
-def _parts(
-    files: Sequence[tuple[str, FileRef]],
-    source: Root,
-    pseudonymizer: Pseudonymizer,
-    bad_files: dict[str, str],
-) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Yields usable and refused rows, of several small files or of a part of a large one."""
-    usable: list[pl.DataFrame] = []
-    refused: list[pl.DataFrame] = []
-    for key, file in files:
-        try:
-            frame = conform(read_parquet_file(source.read_bytes(file.path), file.path), file.path)
-        except DataError as error:
-            bad_files[file.path] = str(error)
-            continue
-        good, bad = clean_events(frame, pseudonymizer, date=partition_date(key))
-        usable.append(good)
-        refused.append(bad.with_columns(path=pl.lit(file.path)))
-        if sum(map(len, usable)) >= PART_ROWS:
-            yield pl.concat(usable), pl.concat(refused)
-            usable, refused = [], []
-    if usable:
-        yield pl.concat(usable), pl.concat(refused)
+class _Parts:
+    """Gathers the rows of small files, and writes those of large ones while they are read.
+
+    A file can turn out to be corrupt at its end, so what it gave counts only once it is read whole.
+    """
+
+    def __init__(self, target: Root, update_id: str, task: int, num_shards: int) -> None:
+        self.paths: list[str] = []
+        self.num_rows = 0
+        self.row_counts: Counter[str] = Counter()
+        self.column_counts: Counter[str] = Counter()
+        self._target, self._update_id, self._task = target, update_id, task
+        self._num_shards = num_shards
+        self._num_written = 0
+        self._kept: list[Cleaned] = []
+        self._held: list[Cleaned] = []
+        self._written: list[str] = []
+        self._tallies: list[tuple[int, Counter[str], Counter[str]]] = []
+
+    def add(self, part: Cleaned, path: str) -> None:
+        """Takes rows of the file that is being read."""
+        self._tallies.append((part.num_rows, part.row_counts, part.column_counts))
+        named = {
+            name: getattr(part, name).with_columns(path=pl.lit(path))
+            for name in ("refused", "rescued")
+        }
+        self._held.append(dataclasses.replace(part, **named))
+        if _num_rows(self._held) >= PART_ROWS:
+            self._written.append(self._write(self._held))
+            self._held = []
+
+    def keep_file(self) -> None:
+        """Counts the file: it was read whole."""
+        self._kept += self._held
+        self.paths += [self._clean_path(name) for name in self._written]
+        for num_rows, row_counts, column_counts in self._tallies:
+            self.num_rows += num_rows
+            self.row_counts.update(row_counts)
+            self.column_counts.update(column_counts)
+        self._held, self._written, self._tallies = [], [], []
+        if _num_rows(self._kept) >= PART_ROWS:
+            self.close()
+
+    def discard_file(self) -> None:
+        """Forgets the file, also what was written of it."""
+        for name in self._written:
+            for path in (self._clean_path(name), *self._quarantine_paths(name).values()):
+                self._target.delete_prefix(path)
+        self._held, self._written, self._tallies = [], [], []
+
+    def close(self) -> None:
+        """Writes what is left of the files that were kept."""
+        if self._kept:
+            self.paths.append(self._clean_path(self._write(self._kept)))
+            self._kept = []
+
+    def _write(self, parts: list[Cleaned]) -> str:
+        name = f"{self._task:06}-{self._num_written:04}"
+        self._num_written += 1
+        for kind, path in self._quarantine_paths(name).items():
+            rows = pl.concat(getattr(part, kind) for part in parts)
+            if len(rows):
+                self._target.put(path, to_parquet(rows))
+        usable = pl.concat(part.usable for part in parts)
+        self._target.put(self._clean_path(name), write_sharded(usable, self._num_shards))
+        return name
+
+    def _clean_path(self, name: str) -> str:
+        return f"{staging(self._update_id)}/clean/{name}.arrow"
+
+    def _quarantine_paths(self, name: str) -> dict[str, str]:
+        folder = quarantine(self._update_id)
+        return {
+            "refused": f"{folder}/rows-{name}.parquet",
+            "rescued": f"{folder}/rescued-{name}.parquet",
+        }
+
+
+def _num_rows(parts: Sequence[Cleaned]) -> int:
+    return sum(part.num_rows for part in parts)

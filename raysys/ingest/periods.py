@@ -50,6 +50,12 @@ def period_of(ts: NDArray[np.float64], ends: Sequence[float]) -> NDArray[np.int6
     return np.searchsorted(np.array(ends[:-1]), ts, side="right").astype(np.int64)
 
 
+def span_of(key: str) -> tuple[float, float]:
+    """Returns when a partition begins and ends, UNIX seconds."""
+    start = midnight(partition_date(key))
+    return start, start + DAY_S
+
+
 def midnight(date: datetime.date) -> float:
     """Returns when a day begins, UTC, in UNIX seconds."""
     return datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp()

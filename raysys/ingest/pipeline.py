@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from raysys.config import Config
 from raysys.errors import DataError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
-from raysys.ingest.clean_task import CLEAN_SCHEMA, clean_task
+from raysys.ingest.clean import CLEAN_SCHEMA
+from raysys.ingest.clean_task import clean_task
 from raysys.ingest.examples import ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.items import read_items
@@ -110,6 +111,8 @@ class Ingested:
     num_shards: int
     row_counts: dict[str, int]
     """Where every row went; the values add up to `num_rows`."""
+    column_counts: dict[str, int]
+    """Rows by what happened to a column, for example `cast:price`; of item files `items:cast:…`."""
     label_counts: dict[str, dict[str, int]]
     """`impressions` and `outcomes`, the rows that waited included: where each of them went."""
     example_hashes: dict[str, str]
@@ -136,7 +139,7 @@ def ingest(
     Raises:
       DataError: The catalogue is empty.
     """
-    upserts, bad_items = read_items(job.root, item_files)
+    upserts, item_columns, bad_items = read_items(job.root, item_files)
     before = upsert(_base_items(job), upserts)
     if before.catalogue.is_empty():
         raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
@@ -164,6 +167,7 @@ def ingest(
         num_examples=sum(row["num_examples"] for row in built),
         num_shards=job.num_shards,
         row_counts=_added_up([row["row_counts"] for row in [*cleaned, *bounded]]),
+        column_counts=_added_up([item_columns, *(row["column_counts"] for row in cleaned)]),
         label_counts={
             kind: _added_up([row[kind] for row in built]) for kind in ("impressions", "outcomes")
         },

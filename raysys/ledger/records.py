@@ -120,6 +120,8 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    column_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rows by what the schema contract did to a column, for example `cast:price`."""
     label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     """`impressions` and `outcomes`: where each row of them went, those that had waited included."""
     example_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)

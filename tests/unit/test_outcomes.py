@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysys.ingest.clean_task import CLEAN_SCHEMA
+from raysys.ingest.clean import CLEAN_SCHEMA
 from raysys.ingest.outcomes import split_events
 from raysys.ingest.periods import period_of
 from raysys.ingest.seen import SEEN_SCHEMA
@@ -21,7 +21,7 @@ GAINS = {"click": 1.0, "cart": 2.0, "purchase": 3.0}
 def row(**changes: Any) -> dict[str, Any]:
     return {
         "user": "a", "item_id": "i0", "ts": 5.0, "event_id": "e1", "event_type": "purchase",
-        "request_id": "r", "query": None, "position": None, **changes,
+        "request_id": "r", **changes,
     }  # fmt: skip
 
 

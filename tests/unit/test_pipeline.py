@@ -83,7 +83,7 @@ def clean(job: IngestJob) -> dict[str, Any]:
 def test_rows_of_unreadable_files_are_not_counted_and_the_files_are_named(job: IngestJob) -> None:
     done = clean(job)
     assert done["num_rows"] == 5
-    assert done["row_counts"] == {"quarantined": 2}
+    assert done["row_counts"] == {"quarantined: no item_id": 1, "quarantined: no ts": 1}
     bad = done["bad_files"]
     assert list(bad) == [f"events/dt=2017-03-01/{name}.parquet" for name in ("c", "d")]
     assert all(reason.startswith(path) for path, reason in bad.items())

@@ -260,7 +260,7 @@ class TestReadItems:
 
     def test_rows_without_an_id_are_left_out(self, local_root: Root) -> None:
         frame = pl.DataFrame([item("a"), item(""), {**item("c"), "item_id": None}])
-        read, _ = read_items(local_root, [self.write(local_root, frame)])
+        read, _, _ = read_items(local_root, [self.write(local_root, frame)])
         assert read["item_id"].to_list() == ["a"]
 
     def test_missing_columns_are_null_and_a_row_without_time_is_the_oldest(
@@ -268,7 +268,7 @@ class TestReadItems:
     ) -> None:
         bare = self.write(local_root, pl.DataFrame({"item_id": ["a"]}), "z")
         full = self.write(local_root, pl.DataFrame([item("a", title="Milk")]), "b")
-        read, _ = read_items(local_root, [full, bare])
+        read, _, _ = read_items(local_root, [full, bare])
         assert read.schema == pl.Schema(ITEM_SCHEMA)
         assert state(*read.rows(named=True)).catalogue["title"].to_list() == ["Milk"]
 
@@ -285,7 +285,7 @@ class TestReadItems:
         self, local_root: Root, updated_at: pl.Series
     ) -> None:
         frame = pl.DataFrame([item("a")]).with_columns(updated_at.alias("updated_at"))
-        read, _ = read_items(local_root, [self.write(local_root, frame)])
+        read, _, _ = read_items(local_root, [self.write(local_root, frame)])
         assert read["updated_at"].to_list() == [day(2)]
 
     def test_a_file_without_ids_or_of_wrong_types_is_named(self, local_root: Root) -> None:
@@ -294,7 +294,7 @@ class TestReadItems:
         nested = self.write(local_root, pl.DataFrame({"item_id": [["a"]]}), "nested")
         local_root.put("items/dt=2017-03-01/junk.parquet", b"no parquet")
         junk = FileRef(path="items/dt=2017-03-01/junk.parquet", size_bytes=1, etag="e")
-        read, bad_files = read_items(local_root, [nameless, nested, junk, good])
+        read, _, bad_files = read_items(local_root, [nameless, nested, junk, good])
         assert read["item_id"].to_list() == ["a"], "one bad file does not hold the others up"
         reasons = {path.rpartition("/")[2]: reason for path, reason in bad_files.items()}
         assert reasons.keys() == {"nameless.parquet", "nested.parquet", "junk.parquet"}
@@ -303,6 +303,6 @@ class TestReadItems:
         assert "is not a readable parquet file" in reasons["junk.parquet"]
 
     def test_no_files_are_no_rows_of_the_contract(self, local_root: Root) -> None:
-        read, _ = read_items(local_root, [])
+        read, _, _ = read_items(local_root, [])
         assert read.is_empty()
         assert read.schema == pl.Schema(ITEM_SCHEMA)

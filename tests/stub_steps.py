@@ -1,7 +1,6 @@
-"""`run_update` with its heavy steps replaced, and a kill before any chosen change on disk.
+"""`run_update` with its heavy steps replaced.
 
     Steps(monkeypatch).update(config) -> UpdateCommitted    (milliseconds, no Ray, no torch work)
-    kill_before(change, action)                             (leaves the disk as kill -9 does)
 
 Plan, reservation, lease, gate, commit and clean-up are the real ones, and the replaced steps write
 objects in the places where the real ones do.
@@ -9,10 +8,7 @@ objects in the places where the real ones do.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -126,58 +122,3 @@ class Steps:
         root.put(paths[0], manifest.to_bytes())
         root.put(paths[1], report.encode())
         return hash_files(root, paths) | hash_state(root, manifest.state)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no handler of ours catches it, and nothing changes the disk after it."""
-
-
-class _Victim:
-    """Counts what the thread that made it changes on disk, and dies before the chosen change."""
-
-    def __init__(self, dies_before: int | None) -> None:
-        self.num_changes = 0
-        self.is_dead = False
-        self._dies_before = dies_before
-        self._thread = threading.get_ident()
-
-    def change(self) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        self.is_dead = self.is_dead or self.num_changes == self._dies_before
-        if self.is_dead:
-            raise Killed
-        self.num_changes += 1
-
-
-_victim: _Victim | None = None
-_is_hooked = False
-_CHANGES = {"os.link", "os.symlink", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-
-
-def _on_audit(event: str, args: tuple[Any, ...]) -> None:
-    if _victim is None:
-        return
-    opens_to_write = event == "open" and args[2] & os.O_ACCMODE != os.O_RDONLY
-    if event in _CHANGES or opens_to_write:
-        _victim.change()
-
-
-def kill_before(change: int | None, action: Callable[[], object]) -> int:
-    """Runs `action`, which dies before it makes change number `change`; returns how many it made.
-
-    Python tells its audit hooks of each file that it is about to create, link, rename or delete, so
-    no change of the disk is missed, whichever code makes it.
-    """
-    global _victim, _is_hooked
-    if not _is_hooked:
-        sys.addaudithook(_on_audit)
-        _is_hooked = True
-    victim = _victim = _Victim(change)
-    try:
-        action()
-    except Killed:
-        assert victim.is_dead
-    finally:
-        _victim = None
-    return victim.num_changes

@@ -16,25 +16,29 @@ from typing import Any, BinaryIO
 
 from raysys.errors import RootError, StorageUnavailableError
 from raysys.storage.local import LocalStore
-from raysys.storage.s3 import S3Store
+from raysys.storage.patience import Patience
 from raysys.storage.store import TEMP, ObjectInfo, Store
+
+_PATIENCE = Patience()
 
 
 class Root:
     """A root URI, opened on first use in each process. Pickles as its URI, for Ray tasks.
 
     Every method raises `RootError` if the root is not usable as configured, and
-    `StorageUnavailableError` if the object store does not answer after its client's retries.
+    `StorageUnavailableError`, which names the object, if the object store did not answer for as
+    long as `patience` says.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patience: Patience = _PATIENCE) -> None:
         if not re.match(r"file:///|s3://[^/]", uri):
             raise RootError(f"root {uri!r}: expected file:///folder or s3://bucket/prefix")
         self.uri = uri.rstrip("/") if uri != "file:///" else uri
+        self._patience = patience
         self._opened: tuple[int, Store] | None = None
 
-    def __reduce__(self) -> tuple[type[Root], tuple[str]]:
-        return Root, (self.uri,)
+    def __reduce__(self) -> tuple[type[Root], tuple[str, Patience]]:
+        return Root, (self.uri, self._patience)
 
     def __repr__(self) -> str:
         return f"Root({self.uri!r})"
@@ -111,13 +115,16 @@ class Root:
     @property
     def _store(self) -> Store:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _open(self.uri))
+            self._opened = (os.getpid(), _open(self.uri, self._patience))
         return self._opened[1]
 
 
-def _open(uri: str) -> Store:
+def _open(uri: str, patience: Patience) -> Store:
     if uri.startswith("s3://"):
-        return S3Store(uri)
+        # A local root does not pay for loading botocore.
+        from raysys.storage.s3 import S3Store
+
+        return S3Store(uri, patience)
     return LocalStore(uri, Path(urllib.parse.unquote(uri.removeprefix("file://"))))
 
 

@@ -20,6 +20,7 @@ from raysys.ledger.records import (
     UpdateStarted,
 )
 from raysys.ledger.state import State
+from raysys.partitions.plan import watermark_after
 from raysys.storage import Root
 
 SPEND = PrivacySpend(
@@ -31,9 +32,9 @@ SPEND = PrivacySpend(
 )
 
 
-def partition(day: str, *names: str, etag: str = "e") -> PartitionRef:
-    """A partition of a day, `2017-03-01`, with files of these names."""
-    key = f"events/dt={day}"
+def partition(label: str, *names: str, etag: str = "e") -> PartitionRef:
+    """A partition of a day, `2017-03-01`, or hour, `2017-03-01T05`, with files of these names."""
+    key = f"events/dt={label.replace('T', '/hour=')}"
     files = tuple(
         FileRef(path=f"{key}/{name}", size_bytes=1, etag=etag) for name in names or ("a.parquet",)
     )
@@ -77,7 +78,6 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
     start = start or started()
     if "version" in changes and changes["version"] is None:
         changes = {"verdict": "held", "reason": "the gate held it back", **changes}
-    days = [p.key.rpartition("=")[2] for p in start.partitions]
     record = UpdateCommitted(
         update_id=start.update_id,
         owner=start.owner,
@@ -87,7 +87,7 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         base_version=start.base_version,
         partitions=start.partitions,
         item_files=start.item_files,
-        watermark=max(days, default="2017-03-01"),
+        watermark=watermark_after(start.partitions, start.set_aside, "2017-03-01"),
         num_rows=1,
         num_users=1,
         row_counts={"used": 1},
@@ -99,6 +99,7 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         private=start.private,
         spent=start.reserved,
         seconds=1.0,
+        set_aside=start.set_aside,
     )
     return dataclasses.replace(record, **changes)
 
@@ -133,12 +134,13 @@ def folded(*records: Record) -> State:
 
 
 def file_uses(commits: Sequence[UpdateCommitted]) -> dict[str, list[str]]:
-    """Path of each consumed event file -> the updates that consumed it. Exactly-once: one each."""
+    """Each consumed content, PATH#ETAG, -> the updates that consumed it. Exactly-once: one each."""
     uses: dict[str, list[str]] = {}
     for commit in commits:
         for part in commit.partitions:
             for file in part.files:
-                uses.setdefault(file.path, []).append(commit.update_id)
+                content = f"{file.path}#{file.etag}-{file.size_bytes}"
+                uses.setdefault(content, []).append(commit.update_id)
     return uses
 
 

@@ -36,7 +36,14 @@ from raysys.ingest.outcomes import find_outcomes, period_of
 from raysys.ingest.pseudonym import Pseudonymizer, user_shard
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef, PartitionRef
-from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
+from raysys.partitions.layout import (
+    partition_date,
+    partition_label,
+    quarantine,
+    staging,
+    state_folder,
+)
+from raysys.partitions.periods import period_ends, window_start
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -62,10 +69,7 @@ class IngestJob:
     @property
     def window_start(self) -> float:
         """UNIX seconds at which the evaluation window begins."""
-        dates = [partition_date(p.key) for p in self.partitions]
-        window = datetime.timedelta(days=self.config.evaluate.window_days - 1)
-        first = max(min(dates), max(dates) - window)
-        return _midnight(first)
+        return window_start(self.partitions, self.config.evaluate.window_days)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,26 +148,6 @@ def _read_item_file(root: Root, path: str) -> pl.DataFrame:
     return select_as(frame, ITEM_SCHEMA, path)
 
 
-def period_ends(partitions: Iterable[PartitionRef], period_days: int) -> list[float]:
-    """Returns where the periods end into which the partitions fall, at most `period_days` long.
-
-    Days without a partition make no period: a stray old one must not be charged for the years
-    between.
-
-    >>> days = [PartitionRef(key=f"events/dt=2017-03-{d:02}", files=()) for d in (1, 2, 29)]
-    >>> [end / 86400 for end in period_ends(days, 7)]
-    [17228.0, 17255.0]
-    """
-    starts: list[datetime.date] = []
-    ends: list[float] = []
-    for date in sorted(partition_date(p.key) for p in partitions):
-        if not starts or (date - starts[-1]).days >= period_days:
-            starts.append(date)
-            ends.append(0.0)
-        ends[-1] = _midnight(date) + DAY_S
-    return ends
-
-
 def _map(
     job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[Any]
 ) -> list[dict[str, Any]]:
@@ -188,7 +172,7 @@ def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
         refused.append(bad.with_columns(path=pl.lit(file.path)))
     num_refused = sum(map(len, refused))
     if num_refused:
-        path = f"{quarantine(job.update_id)}/rows-{date.isoformat()}.parquet"
+        path = f"{quarantine(job.update_id)}/rows-{partition_label(partition.key)}.parquet"
         job.root.put(path, to_parquet(pl.concat(refused)))
     if usable:
         _write_shards(job, pl.concat(usable), row["index"])
@@ -299,7 +283,3 @@ def _read_frames(root: Root, folder: str, schema: Mapping[str, pl.DataType]) -> 
     files = root.list(folder)
     frames = [pl.read_parquet(io.BytesIO(root.read_bytes(file.path))) for file in files]
     return pl.concat([pl.DataFrame(schema=schema), *frames] if schema else frames)
-
-
-def _midnight(date: datetime.date) -> float:
-    return datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp()

@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 
 Verdict = Literal["passed", "held"]
 RolloutPhase = Literal["canary", "promoted", "rolled_back"]
+SetAsideKind = Literal["late", "rewritten", "vanished", "empty"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +38,26 @@ class PartitionRef:
     """Those files of one partition that one update consumes."""
 
     key: str
-    """For example `events/dt=2017-03-01`."""
+    """For example `events/dt=2017-03-01` or `events/dt=2017-03-01/hour=05`."""
     files: tuple[FileRef, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SetAside:
+    """What a plan left out for good, as the config's `quarantine` says. It is asked about once."""
+
+    path: str
+    """A file, or the folder of an empty partition."""
+    size_bytes: int
+    etag: str
+    """Of the content that is left out; of a vanished file, what was consumed; "" for a folder."""
+    kind: SetAsideKind
+    reason: str
+
+    @property
+    def content(self) -> FileRef:
+        """What is not asked about again."""
+        return FileRef(path=self.path, size_bytes=self.size_bytes, etag=self.etag)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +91,7 @@ class UpdateStarted:
     private: bool
     reserved: PrivacySpend | None
     """None when `private` is false."""
+    set_aside: tuple[SetAside, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +125,7 @@ class UpdateCommitted:
     partitions: tuple[PartitionRef, ...]
     item_files: tuple[FileRef, ...]
     watermark: str
-    """The newest partition date consumed so far, YYYY-MM-DD."""
+    """The newest partition consumed so far, YYYY-MM-DD or YYYY-MM-DDTHH."""
     num_rows: int
     num_users: int
     row_counts: Mapping[str, int]
@@ -120,6 +140,7 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    set_aside: tuple[SetAside, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,9 +61,14 @@ class State:
     num_started: int = 0
     num_rollouts: int = 0
     consumed_files: Mapping[str, FileRef] = dataclasses.field(default_factory=lambda: _EMPTY)
-    """Event files of committed updates, as they were when they were read."""
+    """Event files of committed updates, as they were when they were last read."""
     consumed_partitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Partition key -> the last update that consumed files of it."""
+    """Partition key -> the last update that consumed files of it, or set it aside as empty."""
+    settled_files: frozenset[FileRef] = frozenset()
+    """Other contents that are neither read nor asked about again: set aside, or consumed and then
+    replaced by a later content of the same path."""
+    unreadable_files: frozenset[str] = frozenset()
+    """Paths in `consumed_files` of which nothing was trained: the update could not read them."""
     consumed_item_files: Mapping[str, FileRef] = dataclasses.field(default_factory=lambda: _EMPTY)
     spends: tuple[tuple[str, PrivacySpend, SpendStatus], ...] = ()
     """What each private update is charged: its reservation until it commits, and for good if it is
@@ -100,7 +105,7 @@ class State:
 
     @property
     def watermark(self) -> str | None:
-        """The newest partition date consumed so far, YYYY-MM-DD."""
+        """The newest partition consumed so far, YYYY-MM-DD or YYYY-MM-DDTHH."""
         return self.committed[-1].watermark if self.committed else None
 
     @property
@@ -250,18 +255,30 @@ def _line(state: State, version: str | None) -> set[str]:
 def _after_commit(state: State, record: UpdateCommitted) -> State:
     assert state.active is not None
     files = {file.path: file for file in _files(record.partitions)}
-    keys = {partition.key: record.update_id for partition in record.partitions}
+    empty = [aside.path for aside in record.set_aside if aside.kind == "empty"]
+    keys = [*(partition.key for partition in record.partitions), *empty]
     item_files = {file.path: file for file in record.item_files}
     return dataclasses.replace(
         state,
         active=None,
         committed=(*state.committed, record),
         consumed_files={**state.consumed_files, **files},
-        consumed_partitions={**state.consumed_partitions, **keys},
+        consumed_partitions={**state.consumed_partitions, **dict.fromkeys(keys, record.update_id)},
+        settled_files=_settled(state, record, files),
+        unreadable_files=(state.unreadable_files - files.keys())
+        | (record.quarantined_files.keys() & files.keys()),
         consumed_item_files={**state.consumed_item_files, **item_files},
         spends=_charge(state, record.update_id, record.spent, "committed"),
         user_key_id=state.active.started.user_key_id,
     )
+
+
+def _settled(
+    state: State, record: UpdateCommitted, files: Mapping[str, FileRef]
+) -> frozenset[FileRef]:
+    replaced = [state.consumed_files[path] for path in files if path in state.consumed_files]
+    aside = [aside.content for aside in record.set_aside]
+    return state.settled_files.union(replaced, aside) if replaced or aside else state.settled_files
 
 
 def _charge(
@@ -289,6 +306,8 @@ def _commit_problem(state: State, record: UpdateCommitted, started: UpdateStarte
     for file in _files(record.partitions):
         if file.path not in reserved_paths:
             return f"commits {file.path}, which {record.update_id} did not reserve"
+    if problem := _aside_problem(record, started):
+        return problem
     if record.version is not None and record.version in state.versions:
         return f"commits version {record.version} a second time"
     if (record.version is None) != (record.verdict == "held"):
@@ -298,10 +317,21 @@ def _commit_problem(state: State, record: UpdateCommitted, started: UpdateStarte
     return _double_use(state, record.update_id, record.partitions)
 
 
+def _aside_problem(record: UpdateCommitted, started: UpdateStarted) -> str | None:
+    planned = set(started.set_aside)
+    keys = {partition.key for partition in started.partitions}
+    for aside in record.set_aside:
+        # That a partition holds no rows is found only while it is read.
+        if aside not in planned and not (aside.kind == "empty" and aside.path in keys):
+            return f"sets {aside.path} aside, which {record.update_id} did not plan"
+    return None
+
+
 def _double_use(state: State, update_id: str, partitions: tuple[PartitionRef, ...]) -> str | None:
     seen: set[str] = set()
     for file in _files(partitions):
-        if file.path in state.consumed_files:
+        # The same path with another content is a rewritten file, which may be read anew.
+        if state.consumed_files.get(file.path) == file or file in state.settled_files:
             return f"gives {file.path} to {update_id}, but an earlier update consumed it"
         if file.path in seen:
             return f"gives {file.path} to {update_id} twice"

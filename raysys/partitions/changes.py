@@ -127,9 +127,9 @@ def _vanished(
 ) -> list[FileRef]:
     there = {file.path for partition in found for file in partition.files}
     gone = [
-        state.consumed_files[path]
-        for path in state.consumed_files.keys() - there
-        if path_day(path) >= since and view.has(path_day(path))
+        file
+        for path, file in state.consumed_files.items()
+        if path not in there and path_day(path) >= since and view.has(path_day(path))
     ]
     # Of an unreadable file nothing was trained, so nothing is lost with it.
     lost = [

@@ -119,9 +119,7 @@ def _labels(files: dict[str, list[FileRef]]) -> dict[str, str]:
     return {key: partition_label(key) for key in files if files[key] or is_partition(key)}
 
 
-def _empty_hours(
-    root: Root, files: dict[str, list[FileRef]], labels: dict[str, str]
-) -> list[str]:
+def _empty_hours(root: Root, files: dict[str, list[FileRef]], labels: dict[str, str]) -> list[str]:
     """Returns the folders of hours in which no object lies: a listing of objects has none."""
     hours = Counter(_day_of_hour(key) for key in labels)
     del hours[""]
@@ -150,9 +148,7 @@ def _day_of_hour(key: str) -> str:
 _Listing = TypeVar("_Listing")
 
 
-def _in_threads(
-    listing: Callable[[str], _Listing], folders: Sequence[str]
-) -> Iterable[_Listing]:
+def _in_threads(listing: Callable[[str], _Listing], folders: Sequence[str]) -> Iterable[_Listing]:
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(listing, folders))
 

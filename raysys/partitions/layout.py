@@ -30,7 +30,7 @@ SERVED_FILES = ("impressions-", "feedback-")
 
 DAY_S = 86_400.0
 HOUR_S = 3_600.0
-EXPECTED = f"{EVENTS}/dt=YYYY-MM-DD or {EVENTS}/dt=YYYY-MM-DD/hour=HH"
+EXPECTED = f"{EVENTS}/dt=YYYY-MM-DD/ or {EVENTS}/dt=YYYY-MM-DD/hour=HH/"
 
 _PARTITION = re.compile(rf"{EVENTS}/dt=(\d{{4}}-\d{{2}}-\d{{2}})(?:/hour=([01]\d|2[0-3]))?")
 _DAY_START, _DAY_END = len(f"{EVENTS}/dt="), len(f"{EVENTS}/dt=YYYY-MM-DD")

@@ -198,7 +198,7 @@ def _explain_empty(
     found: Discovered, seen: Sequence[PartitionRef], state: State, num_open: int, num_aside: int
 ) -> str:
     if not seen and not state.consumed_partitions:
-        return f"nothing below {found.root_uri}/{EVENTS}; write parquet files to {EXPECTED}/"
+        return f"nothing below {found.root_uri}/{EVENTS}; write parquet files to {EXPECTED}"
     consumed = f"all consumed up to {state.watermark}" if state.watermark else "none consumed"
     aside = f"; {num_aside} to set aside, with the next update that reads something"
     return (

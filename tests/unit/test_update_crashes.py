@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from raysys import update
+from raysys import reserve, update
 from raysys.config import load_config
 from raysys.errors import EmptyPlanError
 from raysys.ledger.lease import Lease
@@ -190,7 +190,7 @@ def forget_abandoned_charges(patch: pytest.MonkeyPatch, shop: Shop) -> None:
 def plan_without_ledger(patch: pytest.MonkeyPatch, shop: Shop) -> None:
     patch.setattr("raysys.ledger.state._double_use", lambda *args: None)
     patch.setattr(
-        update, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
+        reserve, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
     )
 
 

@@ -18,6 +18,8 @@ from raysys.ledger.records import (
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
+    decode,
+    encode,
 )
 from raysys.ledger.state import State
 from raysys.partitions.plan import watermark_after
@@ -125,6 +127,24 @@ def entries(records: Iterable[Record], *, first: int = 1, at: float = 0.0) -> li
     return [Entry(sequence=first + i, at=at + i, record=record) for i, record in enumerate(records)]
 
 
+def stored(
+    records: Iterable[Record], *, first: int = 1, prev: str = "", at: float = 0.0
+) -> dict[str, bytes]:
+    """Path -> bytes of the records in their places, each with the hash of the one before it."""
+    found: dict[str, bytes] = {}
+    for entry in entries(records, first=first, at=at):
+        data = encode(dataclasses.replace(entry, prev=prev))
+        found[f"ledger/{entry.sequence:020d}.json"] = data
+        prev = decode(data, sequence=entry.sequence).hash
+    return found
+
+
+def write_records(root: Root, records: Iterable[Record]) -> None:
+    """Writes a ledger of these records, faster than by appending them."""
+    for path, data in stored(records).items():
+        root.put(path, data)
+
+
 def folded(*records: Record) -> State:
     """The state after these records."""
     state = State()
@@ -134,13 +154,12 @@ def folded(*records: Record) -> State:
 
 
 def file_uses(commits: Sequence[UpdateCommitted]) -> dict[str, list[str]]:
-    """Each consumed content, PATH#ETAG, -> the updates that consumed it. Exactly-once: one each."""
+    """Each consumed content -> the updates that consumed it. Exactly-once means one each."""
     uses: dict[str, list[str]] = {}
     for commit in commits:
         for part in commit.partitions:
             for file in part.files:
-                content = f"{file.path}#{file.etag}-{file.size_bytes}"
-                uses.setdefault(content, []).append(commit.update_id)
+                uses.setdefault(file.content, []).append(commit.update_id)
     return uses
 
 

@@ -106,7 +106,7 @@ def _changed_files(
         was = state.consumed_files.get(file.path)
         if was is not None and was.etag == file.etag and was.size_bytes == file.size_bytes:
             continue
-        if file in state.settled_files or (was is None and file.size_bytes == 0):
+        if file.content in state.settled_files or (was is None and file.size_bytes == 0):
             continue
         kind: SetAsideKind = "late" if was is None else "rewritten"
         if _is_read(file, kind, state, config):
@@ -135,7 +135,7 @@ def _vanished(
     lost = [
         file
         for file in gone
-        if file.path not in state.unreadable_files and file not in state.settled_files
+        if file.path not in state.unreadable_files and file.content not in state.settled_files
     ]
     return sorted(lost, key=lambda file: file.path)
 

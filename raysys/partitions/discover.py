@@ -80,6 +80,7 @@ def discover(root: Root, within: PartitionRange = EVERYTHING) -> Discovered:
     if len(wanted) == len(top):
         infos: Iterable[ObjectInfo] = root.list(EVENTS)
     else:
+        _refuse_strays(f"{EVENTS}/{name}" for name in root.list_names(EVENTS) if _is_data(name))
         infos = itertools.chain(*_in_threads(root.list, [f"{EVENTS}/{name}" for name in wanted]))
     files = _by_folder(infos)
     for name in wanted:
@@ -113,10 +114,14 @@ def _by_folder(infos: Iterable[ObjectInfo]) -> dict[str, list[FileRef]]:
 
 def _labels(files: dict[str, list[FileRef]]) -> dict[str, str]:
     """Returns the label of each folder that is a partition; any other may hold no data."""
-    if files.get(EVENTS):
-        raise DataError(f"{files[EVENTS][0].path}: expected files in {EXPECTED}; move it there")
+    _refuse_strays(file.path for file in files.get(EVENTS, ()))
     # Of a misnamed folder `partition_label` says what is wrong.
     return {key: partition_label(key) for key in files if files[key] or is_partition(key)}
+
+
+def _refuse_strays(paths: Iterable[str]) -> None:
+    for path in paths:
+        raise DataError(f"{path}: expected files in {EXPECTED}; move it there")
 
 
 def _empty_hours(root: Root, files: dict[str, list[FileRef]], labels: dict[str, str]) -> list[str]:

@@ -59,6 +59,20 @@ class S3Store:
             and not entry["name"].startswith(f"{self._base}/{TEMP}/")
         ]
 
+    def list_names(self, folder: str, after: str) -> builtins.list[str]:
+        bucket, prefix, _ = self._fs.split_path(f"{self._full(folder)}/")
+        request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        if after:
+            request["StartAfter"] = prefix + after
+        names: builtins.list[str] = []
+        with self._reported(folder):
+            while True:
+                page = self._fs.call_s3("list_objects_v2", **request)
+                names += [item["Key"].removeprefix(prefix) for item in page.get("Contents", [])]
+                if not page.get("IsTruncated"):
+                    return [name for name in names if name]
+                request["ContinuationToken"] = page["NextContinuationToken"]
+
     def list_folders(self, prefix: str) -> builtins.list[str]:
         try:
             with self._reported(prefix):

@@ -22,6 +22,7 @@ from raysys.ledger.records import (
     encode,
 )
 from raysys.ledger.state import State
+from raysys.partitions.discover import Discovered
 from raysys.partitions.plan import watermark_after
 from raysys.storage import Root
 
@@ -45,6 +46,17 @@ def partition(label: str, *names: str, etag: str = "e") -> PartitionRef:
 
 def item_file(name: str = "items.parquet", etag: str = "e") -> FileRef:
     return FileRef(path=f"items/{name}", size_bytes=1, etag=etag)
+
+
+def found(*partitions: PartitionRef, items: tuple[FileRef, ...] = ()) -> Discovered:
+    """What a listing of a root finds."""
+    return Discovered(root_uri="file:///shop", partitions=partitions, item_files=items)
+
+
+def consumed(*partitions: PartitionRef, items: tuple[FileRef, ...] = (), **changes: Any) -> State:
+    """The state after one update that read these; `changes` are of its commit."""
+    first = started(partitions=partitions, item_files=items)
+    return folded(first, committed(first, **changes))
 
 
 def started(update_id: str = "u0001-aaaaaa", **changes: Any) -> UpdateStarted:

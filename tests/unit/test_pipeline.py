@@ -13,9 +13,8 @@ import pytest
 
 from raysys.config import Config, IngestConfig, PseudonymConfig
 from raysys.ingest.clean import CLEAN_COLUMNS
-from raysys.ingest.pipeline import IngestJob, _clean_partition, period_ends
+from raysys.ingest.pipeline import IngestJob, _clean_partition
 from raysys.ingest.pseudonym import Pseudonymizer
-from raysys.ledger.records import PartitionRef
 from raysys.storage import Root
 from tests.helpers import partition
 
@@ -124,37 +123,14 @@ def test_a_task_that_is_run_again_writes_the_same(job: IngestJob) -> None:
     assert (_clean_partition({"index": 0}, job), written()) == first
 
 
-@pytest.mark.parametrize(
-    ("days", "period_days", "last_days"),
-    [
-        pytest.param([1], 7, [1], id="one day"),
-        pytest.param([1, 7], 7, [7], id="a week"),
-        pytest.param([1, 8], 7, [1, 8], id="a week and a day"),
-        pytest.param([*range(1, 29)], 7, [7, 14, 21, 28], id="four weeks"),
-        pytest.param([5, 1, 3], 2, [1, 3, 5], id="in any order"),
-        pytest.param([1, 30], 1, [1, 30], id="a gap is no period and costs nothing"),
-    ],
-)
-def test_periods_hold_the_days_that_there_are(
-    days: list[int], period_days: int, last_days: list[int]
-) -> None:
-    partitions = [PartitionRef(key=f"events/dt=2017-03-{day:02}", files=()) for day in days]
-    start = datetime.datetime(2017, 3, 1, tzinfo=datetime.UTC).timestamp()
-    ends = period_ends(partitions, period_days)
-    assert [(end - start) / 86_400 for end in ends] == last_days
-
-
-@pytest.mark.parametrize(
-    ("days", "first"),
-    [
-        pytest.param([1], 1, id="a single day"),
-        pytest.param([1, 2, 3], 1, id="fewer days than the window has"),
-        pytest.param([1, 4, 10], 4, id="a window of seven days"),
-    ],
-)
-def test_the_evaluation_window_is_the_newest_days_of_the_update(
-    job: IngestJob, days: list[int], first: int
-) -> None:
-    parts = tuple(partition(f"2017-03-{day:02}") for day in days)
-    start = datetime.datetime(2017, 3, first, tzinfo=datetime.UTC).timestamp()
-    assert dataclasses.replace(job, partitions=parts).window_start == start
+def test_rows_refused_in_hours_of_one_day_lie_in_files_of_their_own(job: IngestJob) -> None:
+    hours = tuple(partition(f"2017-03-01T{hour}", "a.parquet") for hour in ("05", "06"))
+    for hour in hours:
+        job.root.put(hour.files[0].path, parquet(event("e1", item_id="")))
+    by_hour = dataclasses.replace(job, partitions=hours)
+    for index in range(len(hours)):
+        _clean_partition({"index": index}, by_hour)
+    assert [info.path.rpartition("/")[2] for info in job.root.list(f"quarantine/{UPDATE}")] == [
+        "rows-2017-03-01T05.parquet",
+        "rows-2017-03-01T06.parquet",
+    ]

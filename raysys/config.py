@@ -57,21 +57,44 @@ class PseudonymConfig:
     """A file with at least 16 secret bytes. The raw id is written nowhere below the root."""
 
 
+ChangeOutcome = Literal["fail", "quarantine", "reprocess"]
+"""What an update does about a partition that is not as it should be: refuse to start; leave it out,
+note that in the ledger and below `quarantine/`, and never ask again; or read it (again)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionConfig:
     """Which partitions an update reads, and what it does about changed ones."""
 
-    late_files: Literal["fail", "consume"] = "fail"
-    """New files in a partition that an earlier update consumed: refuse, or train on just those."""
-    rewritten_files: Literal["fail", "ignore"] = "fail"
-    """Consumed files whose size or etag changed: refuse, or keep what was trained on."""
+    late_files: ChangeOutcome = "fail"
+    """New files of the shop in a partition that an earlier update consumed. `quarantine` leaves
+    them out for good, `reprocess` trains on just these files. What replicas write is never late."""
+    rewritten_files: ChangeOutcome = "fail"
+    """Consumed files whose size or etag changed. `quarantine` keeps what was trained on,
+    `reprocess` reads the new content; events that were trained on already are not trained again."""
+    vanished_files: ChangeOutcome = "fail"
+    """Consumed files that are gone. `quarantine` notes each and keeps what was trained on. There is
+    no `reprocess`: what is gone cannot be read again."""
+    empty_partitions: ChangeOutcome = "fail"
+    """Closed partition folders without data. `quarantine` takes them for consumed, so what comes
+    there afterwards is late; `reprocess` looks at them again each time."""
+    check_back_days: int = 0
+    """Days that ended more than so many days before the watermark's are neither listed nor
+    compared, like Spark's maxFileAge. 0 lists and compares everything."""
     closed_after_s: float = 0.0
-    """A day is read only once it ended this long ago (UTC), so that its files are complete."""
+    """A day or hour is read only once it ended this long ago (UTC), so that it is complete."""
     max_partitions: int = 0
     """At most so many of the oldest new partitions an update; 0 reads all of them."""
 
     def __post_init__(self) -> None:
         _check(self, "partitions", _NOT_NEGATIVE, "closed_after_s", "max_partitions")
+        _check(self, "partitions", _NOT_NEGATIVE, "check_back_days")
+        _require(
+            self.vanished_files != "reprocess",
+            "partitions.vanished_files",
+            self.vanished_files,
+            "'fail' or 'quarantine' (what is gone cannot be read again)",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,21 +9,30 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from raysys.config import Config, load_config
+from raysys.config import load_config
 from raysys.errors import RaysysError
 
 
-def run_job(description: str, action: Callable[[Config], None]) -> int:
-    """Parses `--config`, runs the job and returns its exit code.
+def run_job(
+    description: str,
+    action: Callable[..., None],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """Parses the command line, runs the job and returns its exit code.
 
     A `RaysysError` is one line on standard error: 1 if it will fail again, 75 (EX_TEMPFAIL) if a
     retry may help. Anything else is our bug and keeps its traceback.
+
+    Args:
+      action: Gets the config, and the job's own options by name.
+      add_options: Adds those options.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="the shop's YAML file")
-    arguments = parser.parse_args()
+    add_options(parser)
+    options = vars(parser.parse_args())
     try:
-        action(load_config(arguments.config))
+        action(load_config(options.pop("config")), **options)
     except RaysysError as error:
         print(f"raysys: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -6,7 +6,7 @@
     │   ├── RootError                 the root cannot be reached, read or written as configured
     │   ├── LedgerCorruptError        a record cannot be read
     │   ├── EmptyPlanError            there is nothing new to train on
-    │   ├── PartitionChangedError     a consumed partition was rewritten, or got late files
+    │   ├── PartitionChangedError     a partition is late, rewritten, vanished or empty
     │   ├── BudgetExhaustedError      the update would spend more privacy than is left
     │   ├── DataError                 no usable rows, or a column of the wrong kind
     │   ├── PrivacyError              a step would not have the guarantee that it reports
@@ -56,7 +56,8 @@ class EmptyPlanError(Terminal):
 
 
 class PartitionChangedError(Terminal):
-    """A consumed partition was rewritten, or got late files."""
+    """A partition got late files, was rewritten or vanished after an update consumed it, or holds
+    no data, and the config says to fail then."""
 
 
 class BudgetExhaustedError(Terminal):

@@ -10,7 +10,7 @@ partitions and deletes its folders.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import json
 import math
 import os
 import platform
@@ -19,14 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysys.config import Config
-from raysys.errors import ConfigError, DataError
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import privacy_statement, render_report
 from raysys.ingest.features import IndexArray
 from raysys.ingest.items import read_items
-from raysys.ingest.periods import periods_of
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import updates_to_ask
@@ -37,14 +35,16 @@ from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
-from raysys.partitions.discover import discover, work_folders
-from raysys.partitions.layout import staging
-from raysys.partitions.plan import UpdatePlan, orphan_folders, plan_update
+from raysys.partitions.changes import settle_without_rows
+from raysys.partitions.discover import EVERYTHING, PartitionRange, work_folders
+from raysys.partitions.layout import label_order, partition_label, quarantine, staging
+from raysys.partitions.plan import UpdatePlan, orphan_folders
 from raysys.privacy.accounting import ACCOUNTANT
-from raysys.privacy.budget import check_reservation, spent_epsilon
+from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.plan import PrivacyPlan
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
+from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
 from raysys.train.trainer import TrainOutput, train
@@ -76,15 +76,18 @@ def run_update(
     config: Config,
     on_progress: Progress = lambda line: None,
     start_ray: Callable[[], None] = lambda: None,
+    within: PartitionRange = EVERYTHING,
 ) -> UpdateCommitted:
     """Runs one update and returns its commit record.
 
     Args:
       start_ray: Connects to a cluster, unless the caller has done so. Called once all that can be
         refused without one is: starting Ray takes seconds.
+      within: Which partitions it may look at.
 
     Raises:
       EmptyPlanError: Nothing is new.
+      PartitionChangedError: A partition is not as it should be, and the config says `fail`.
       BudgetExhaustedError: What privacy is left does not suffice. Nothing was read or written.
       LeaseHeldError: Another update is at work.
       RaysysError: As its subclass says. The partitions stay unconsumed.
@@ -96,29 +99,22 @@ def run_update(
     weights_sha256(resolve_encoder(config.model.encoder))
     log = Log(root)
     _delete_orphans(root, log)
-    found, now = discover(root), time.time()
-
-    def plan_of(state: State) -> UpdatePlan:
-        return plan_update(found, state, config.partitions, now)
-
+    planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
 
-    def reserve(state: State) -> UpdateStarted:
-        return _reserve(state, plan_of(state), config, key_id, owner)
+    def decide(state: State) -> UpdateStarted:
+        return reserve(state, planner.plan(state), config, key_id=key_id, owner=owner)
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
-        reserve(state)
-        _require_catalogue(root, plan_of(state))
+        decide(state)
+        _require_catalogue(root, planner.plan(state))
     start_ray()
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
-        started = lease.start(reserve)
-        state = log.refresh()
-        # A rollback since then may have moved the base: what was recorded holds.
-        plan = dataclasses.replace(
-            plan_of(state), base_version=started.base_version, base_state=started.base_state
-        )
+        started = lease.start(decide)
+        plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
+        state = log.refresh()
         _delete_orphans(root, log)
         run = _Run(
             config=config, root=root, state=state, started=started, plan=plan,
@@ -133,59 +129,24 @@ def run_update(
 
 def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
     """Returns the mechanisms of an update, known before any of its data is read."""
-    train_config = config.train
-    first = plan.base_version is None
+    spend = planned_spend(config, plan)
     return PrivacyPlan.for_update(
-        config.privacy,
-        num_steps=train_config.bootstrap_num_steps if first else train_config.num_steps,
-        num_count_releases=len(periods_of(plan.partitions, config.ingest.period_days)),
-    )
-
-
-def _reserve(
-    state: State, plan: UpdatePlan, config: Config, key_id: str, owner: str
-) -> UpdateStarted:
-    """Decides, on the state that directly precedes the record, what the update takes."""
-    if state.user_key_id not in (None, key_id):
-        raise ConfigError(
-            f"pseudonyms.key_file: holds key {key_id}, but the histories below {config.root} were "
-            f"made with key {state.user_key_id}; give the old key back, or start a new root"
-        )
-    reserved = plan_privacy(config, plan).reserved
-    if reserved is not None:
-        check_reservation(state, reserved, config.privacy)
-    update_id = state.next_update_id()
-    digest = hashlib.sha256(f"{config.ingest.seed} {update_id}".encode()).digest()
-    return UpdateStarted(
-        update_id=update_id,
-        owner=owner,
-        lease_expires_at=time.time() + config.lease.duration_s,
-        partitions=plan.partitions,
-        item_files=plan.item_files,
-        base_version=plan.base_version,
-        base_state=plan.base_state,
-        config_hash=config.hash(),
-        user_key_id=key_id,
-        seed=int.from_bytes(digest[:6]),
-        private=reserved is not None,
-        reserved=reserved,
+        config.privacy, num_steps=spend.num_steps, num_count_releases=spend.num_count_releases
     )
 
 
 def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
-    """Refuses a first update without items before privacy is reserved for it."""
-    if plan.base_state is not None:
-        return
-    rows, _, bad_files = read_items(root, plan.item_files)
-    if rows.is_empty():
-        reason = next(iter(bad_files.values()), "no item files")
-        raise DataError(
-            f"the catalogue is empty ({reason}): write item rows below items/dt=YYYY-MM-DD/ first"
-        )
+    check_catalogue(plan)
+    if plan.base_state is None:
+        rows, _, bad_files = read_items(root, plan.item_files)
+        if rows.is_empty():
+            check_catalogue(plan, next(iter(bad_files.values()), "no rows"))
 
 
 def _run(run: _Run) -> UpdateCommitted:
     ingested = _ingest(run)
+    run = _without_empty(run, ingested)
+    _list_set_aside(run, ingested)
     run.lease.check()
     texts, text_of_item = text_indexes(ingested.items)
     base, base_weights = _load_base(run)
@@ -238,6 +199,29 @@ def _ingest(run: _Run) -> Ingested:
         f"{_told(ingested.label_counts['outcomes'])}"
     )
     return ingested
+
+
+def _without_empty(run: _Run, ingested: Ingested) -> _Run:
+    """Decides about partitions that turned out to hold no rows, before anything is trained."""
+    kept, empty = settle_without_rows(
+        run.plan.partitions, ingested.without_rows, run.state, run.config.partitions
+    )
+    labels = [partition_label(partition.key) for partition in kept]
+    watermark = max([*labels, run.state.watermark or labels[0]], key=label_order)
+    plan = dataclasses.replace(
+        run.plan, partitions=kept, set_aside=(*run.plan.set_aside, *empty), watermark=watermark
+    )
+    return dataclasses.replace(run, plan=plan)
+
+
+def _list_set_aside(run: _Run, ingested: Ingested) -> None:
+    """Lists what the plan left out beside the files that could not be read."""
+    reasons = {aside.path: f"{aside.kind}: {aside.reason}" for aside in run.plan.set_aside}
+    for path, reason in reasons.items():
+        run.on_progress(f"set aside {path}: {reason}")
+    if reasons:
+        listed = json.dumps({**ingested.quarantined_files, **reasons}, indent=1, sort_keys=True)
+        run.root.put(f"{quarantine(run.update_id)}/files.json", listed.encode())
 
 
 def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
@@ -349,6 +333,7 @@ def _record(
         base_version=run.plan.base_version,
         partitions=run.plan.partitions,
         item_files=run.plan.item_files,
+        set_aside=run.plan.set_aside,
         watermark=run.plan.watermark,
         num_rows=ingested.num_rows,
         num_users=ingested.num_users,

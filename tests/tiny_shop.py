@@ -20,10 +20,10 @@ from raysys.config import IngestConfig, LabelConfig, ModelConfig, TrainConfig
 from raysys.ingest.examples import ShardResult, ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S
 from raysys.ingest.labels import OUTCOME_SCHEMA
-from raysys.ingest.periods import Period
 from raysys.ingest.stats import ItemState, Timeline, item_texts, release, upsert
 from raysys.ledger.records import PrivacySpend
 from raysys.model.scorer import Head
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.loop import TrainJob

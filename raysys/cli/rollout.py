@@ -12,7 +12,7 @@ from raysys.cli.options import ConfigOption, JsonOption, ReasonOption, open_shop
 from raysys.cli.show import print_result, rollout_json, rollout_lines
 from raysys.ledger.log import Log
 from raysys.ledger.records import RolloutChanged
-from raysys.ledger.state import State, fold
+from raysys.ledger.state import State
 from raysys.rollout import state as rollout
 
 _OPERATOR = "operator"
@@ -21,9 +21,7 @@ _OPERATOR = "operator"
 def status(config: ConfigOption, as_json: JsonOption = False) -> None:
     """Show stable, canary and the last transition."""
     _, log = open_shop(config)
-    entries = list(log.entries())
-    times = [entry.at for entry in entries if isinstance(entry.record, RolloutChanged)]
-    _show_rollout(fold(entries), times[-1] if times else None, as_json)
+    _show_rollout(log.refresh(), as_json)
 
 
 def start(
@@ -66,12 +64,12 @@ def abort(
 
 
 def _change(log: Log, decide: Callable[[State], RolloutChanged], as_json: bool) -> None:
-    entry = log.transact(decide)
-    assert entry is not None
-    _show_rollout(log.refresh(), entry.at, as_json)
+    log.transact(decide)
+    _show_rollout(log.refresh(), as_json)
 
 
-def _show_rollout(state: State, at: float | None, as_json: bool) -> None:
+def _show_rollout(state: State, as_json: bool) -> None:
+    at = state.rollout_changed_at
     when = None if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC)
     body = {**rollout_json(state), "at": when and when.isoformat(timespec="seconds")}
     since = [f"since      {body['at']}"] if when else []

@@ -9,6 +9,7 @@ from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import print_result, privacy_lines, table
 from raysys.ledger.records import UpdateCommitted
 from raysys.ledger.state import State
+from raysys.partitions.layout import label_order, partition_label
 
 
 def versions(config: ConfigOption, as_json: JsonOption = False) -> None:
@@ -68,5 +69,5 @@ def _number(value: float | None) -> str:
 
 
 def _span(keys: Sequence[str]) -> str:
-    days = sorted(key.rpartition("=")[2] for key in keys)
-    return f"{days[0]}..{days[-1]} ({len(days)})" if days else "none"
+    labels = sorted(map(partition_label, keys), key=label_order)
+    return f"{labels[0]}..{labels[-1]} ({len(labels)})" if labels else "none"

@@ -17,14 +17,14 @@ from typing import Any
 import polars as pl
 
 from raysys.config import Config
-from raysys.errors import DataError
+from raysys.errors import DataError, PartitionChangedError
 from raysys.ingest.clean import Cleaned
-from raysys.ingest.periods import span_of
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.read import iter_events
 from raysys.ingest.shards import write_sharded
 from raysys.ledger.records import FileRef
-from raysys.partitions.layout import quarantine, staging
+from raysys.partitions.changes import changed
+from raysys.partitions.layout import partition_span, quarantine, staging
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -49,9 +49,13 @@ def clean_task(
       task: Its number, which names what it writes.
 
     Returns:
-      `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, and
-      the `paths` of what was written, in order.
+      `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, the
+      keys of partitions `with_rows`, and the `paths` of what was written, in order.
+
+    Raises:
+      PartitionChangedError: A file is not what was planned any more.
     """
+    _require_unchanged(source, files)
     pseudonymizer = Pseudonymizer.from_file(config.pseudonyms.key_file)
     parts = _Parts(target, update_id, task, num_shards)
     bad_files: dict[str, str] = {}
@@ -63,7 +67,7 @@ def clean_task(
                     file.path,
                     contract=config.schema,
                     pseudonymizer=pseudonymizer,
-                    span=span_of(key),
+                    span=partition_span(key),
                 ):
                     parts.add(part, file.path)
         except DataError as error:
@@ -72,13 +76,24 @@ def clean_task(
         else:
             parts.keep_file()
     parts.close()
+    has_rows = parts.with_rows | bad_files.keys()
     return {
         "num_rows": parts.num_rows,
         "row_counts": dict(parts.row_counts),
         "column_counts": dict(parts.column_counts),
         "bad_files": bad_files,
+        # Of an unreadable file nobody knows.
+        "with_rows": sorted({key for key, file in files if file.path in has_rows}),
         "paths": parts.paths,
     }
+
+
+def _require_unchanged(root: Root, files: Sequence[tuple[str, FileRef]]) -> None:
+    keys = {key for key, _ in files}
+    found = {info.path: info for key in sorted(keys) for info in root.list(key)}
+    for _, file in files:
+        if why := changed(file, found.get(file.path)):
+            raise PartitionChangedError(f"{file.path} {why}; nothing was read twice: submit again")
 
 
 class _Parts:
@@ -92,6 +107,7 @@ class _Parts:
         self.num_rows = 0
         self.row_counts: Counter[str] = Counter()
         self.column_counts: Counter[str] = Counter()
+        self.with_rows: set[str] = set()
         self._target, self._update_id, self._task = target, update_id, task
         self._num_shards = num_shards
         self._num_written = 0
@@ -103,6 +119,8 @@ class _Parts:
     def add(self, part: Cleaned, path: str) -> None:
         """Takes rows of the file that is being read."""
         self._tallies.append((part.num_rows, part.row_counts, part.column_counts))
+        if part.num_rows:
+            self.with_rows.add(path)
         named = {
             name: getattr(part, name).with_columns(path=pl.lit(path))
             for name in ("refused", "rescued")

@@ -27,8 +27,9 @@ import polars as pl
 import ray
 from numpy.typing import NDArray
 
+from raysys import errors
 from raysys.config import Config
-from raysys.errors import DataError
+from raysys.errors import DataError, RaysysError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
 from raysys.ingest.clean import CLEAN_SCHEMA
 from raysys.ingest.clean_task import clean_task
@@ -36,7 +37,7 @@ from raysys.ingest.examples import ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.items import read_items
 from raysys.ingest.outcomes import split_events
-from raysys.ingest.periods import Period, midnight, period_of, periods_of
+from raysys.ingest.periods import period_of
 from raysys.ingest.seen import days_of, read_seen, seen_bytes
 from raysys.ingest.shard_state import (
     SEEN,
@@ -56,7 +57,8 @@ from raysys.ingest.stats import (
     upsert,
 )
 from raysys.ledger.records import FileRef, PartitionRef
-from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
+from raysys.partitions.layout import quarantine, staging, state_folder
+from raysys.partitions.periods import Period, periods_of, window_start
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -96,9 +98,7 @@ class IngestJob:
     @property
     def window_start(self) -> float:
         """UNIX seconds at which the evaluation window begins."""
-        starts = [midnight(partition_date(p.key)) for p in self.partitions]
-        window_s = (self.config.evaluate.window_days - 1) * DAY_S
-        return max(min(starts), max(starts) - window_s)
+        return window_start(self.partitions, self.config.evaluate.window_days)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +118,8 @@ class Ingested:
     example_hashes: dict[str, str]
     """Path of each shard's examples -> sha256, by which a replay is checked."""
     quarantined_files: dict[str, str]
+    without_rows: frozenset[str]
+    """Keys of partitions whose files hold no rows at all."""
     items: ItemTable
     """The item statistics after the update."""
     items_before: ItemTable
@@ -173,6 +175,8 @@ def ingest(
         },
         example_hashes={row["path"]: row["sha256"] for row in built},
         quarantined_files=bad_files,
+        without_rows=frozenset(p.key for p in job.partitions)
+        - {key for row in cleaned for key in row["with_rows"]},
         items=timeline.after,
         items_before=timeline.at(window_period),
     )
@@ -185,15 +189,24 @@ def _map(
     keys = ray.put(rows)
     dataset = ray.data.range(len(rows), override_num_blocks=max(len(rows), 1))
     done = dataset.map(functools.partial(_run_task, task=task, job=job, rows=keys), num_cpus=0.5)
-    results = {row["id"]: json.loads(row["result"]) for row in done.iter_rows()}
+    results: dict[int, dict[str, Any]] = {}
+    for row in done.iter_rows():
+        results[row["id"]] = json.loads(row["result"])
+        if kind := results[row["id"]].get("error"):
+            raise getattr(errors, kind)(results[row["id"]]["message"])
     yield from (results[i] for i in range(len(rows)))
 
 
 def _run_task(
     row: dict[str, Any], task: Callable[..., dict[str, Any]], job: IngestJob, rows: Any
 ) -> dict[str, Any]:
+    try:
+        result = task(ray.get(rows)[row["id"]], job=job)
+    except RaysysError as error:
+        # Ray would wrap it, and the job's exit code would not tell whether to try again.
+        result = {"error": type(error).__name__, "message": str(error)}
     # As text: Ray Data would make tensors and structs of what is a plain answer.
-    return {"id": row["id"], "result": json.dumps(task(ray.get(rows)[row["id"]], job=job))}
+    return {"id": row["id"], "result": json.dumps(result)}
 
 
 def _clean(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:

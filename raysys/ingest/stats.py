@@ -22,8 +22,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from raysys.ingest.features import FloatArray, ItemTable, Published
-from raysys.ingest.periods import Period
 from raysys.partitions.layout import state_folder
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet

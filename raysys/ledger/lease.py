@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from raysys.errors import LeaseHeldError, LeaseLostError, RaysysError, StorageUnavailableError
+from raysys.ledger.fold import ActiveUpdate
 from raysys.ledger.log import Log
 from raysys.ledger.records import (
     Entry,
@@ -29,7 +30,7 @@ from raysys.ledger.records import (
     UpdateCommitted,
     UpdateStarted,
 )
-from raysys.ledger.state import ActiveUpdate, State
+from raysys.ledger.state import State
 
 _logger = logging.getLogger(__name__)
 

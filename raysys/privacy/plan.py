@@ -17,6 +17,7 @@ from opacus.optimizers import DistributedDPOptimizer
 from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend
 from raysys.privacy.sampling import PoissonSampler
+from raysys.privacy.spend import mechanisms
 
 NO_CLIP_NORM = torch.finfo(torch.float32).max
 """Finite: Opacus multiplies it by the noise multiplier, and 0 times infinity is not 0."""
@@ -38,13 +39,7 @@ class PrivacyPlan:
         """Plans an update from the config and from what is known before any data is read."""
         return cls(
             enabled=config.enabled,
-            spend=PrivacySpend(
-                num_steps=num_steps,
-                sampling_prob=config.sampling_prob,
-                noise_multiplier=config.noise_multiplier,
-                num_count_releases=num_count_releases,
-                count_noise_multiplier=config.count_noise_multiplier,
-            ),
+            spend=mechanisms(config, num_steps=num_steps, num_count_releases=num_count_releases),
             l2_clip_norm=config.l2_clip_norm,
             expected_batch_users=config.expected_batch_users,
         )

@@ -41,6 +41,13 @@ class LocalStore:
         with self._reported("list", prefix):
             return list(self._walk(self._base / prefix))
 
+    def list_names(self, folder: str, after: str) -> builtins.list[str]:
+        with self._reported("list", folder):
+            if not self._is_folder(self._base / folder):
+                return []
+            with os.scandir(self._base / folder) as children:
+                return [c.name for c in children if c.name > after and c.is_file()]
+
     def list_folders(self, prefix: str) -> builtins.list[str]:
         with self._reported("list", prefix):
             if not self._is_folder(self._base / prefix):

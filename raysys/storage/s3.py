@@ -97,6 +97,16 @@ class S3Store:
             and not path.startswith(f"{TEMP}/")
         ]
 
+    def list_names(self, folder: str, after: str) -> builtins.list[str]:
+        start = self._folder(folder)
+        settings = {"StartAfter": start + after} if after else {}
+        names = (
+            entry["Key"].removeprefix(start)
+            for page in self._pages(folder, Delimiter="/", **settings)
+            for entry in page.get("Contents", [])
+        )
+        return [name for name in names if name]
+
     def list_folders(self, prefix: str) -> builtins.list[str]:
         start = len(self._folder(prefix))
         names = [

@@ -279,10 +279,10 @@ class TestBadInput:
     def test_a_silent_store_asks_for_a_retry_by_its_exit_code(
         self, local_config: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
     ) -> None:
-        def silent(root: Root, prefix: str) -> None:
+        def silent(root: Root, folder: str, after: str = "") -> None:
             raise StorageUnavailableError("no answer")
 
-        monkeypatch.setattr(Root, "list", silent)
+        monkeypatch.setattr(Root, "list_names", silent)
         assert refusal(local_config, *command, exit_code=75) == "raysys: no answer\n"
 
 

@@ -90,7 +90,7 @@ def test_a_config_cannot_be_changed() -> None:
         ),
         pytest.param(
             {"partitions": {"late_files": "maybe"}},
-            "partitions.late_files: expected 'fail' or 'consume', got 'maybe'",
+            "partitions.late_files: expected 'fail' or 'quarantine' or 'reprocess', got 'maybe'",
             id="unknown-choice",
         ),
         pytest.param(

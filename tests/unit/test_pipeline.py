@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import io
 from pathlib import Path
@@ -13,13 +12,11 @@ import pytest
 
 from raysys.config import Config, IngestConfig, PseudonymConfig
 from raysys.ingest.clean import CLEAN_COLUMNS
-from raysys.ingest.periods import periods_of
 from raysys.ingest.pipeline import IngestJob, _clean
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.shards import group_files, read_shard
-from raysys.ledger.records import PartitionRef
+from raysys.partitions.discover import discover
 from raysys.storage import Root
-from tests.helpers import partition
 
 KEY = b"0123456789abcdef"
 NOON = datetime.datetime(2017, 3, 1, 12, tzinfo=datetime.UTC)
@@ -68,7 +65,7 @@ def job(local_root: Root, tmp_path: Path) -> IngestJob:
         ),
         update_id=UPDATE,
         base_state=None,
-        partitions=(partition("2017-03-01", *files),),
+        partitions=discover(local_root).partitions,
         read_before=(),
         seed=0,
     )
@@ -132,40 +129,3 @@ def test_a_task_that_is_run_again_writes_the_same(job: IngestJob) -> None:
 
     first = clean(job), written()
     assert (clean(job), written()) == first
-
-
-@pytest.mark.parametrize(
-    ("days", "period_days", "last_days"),
-    [
-        pytest.param([1], 7, [1], id="one day"),
-        pytest.param([1, 7], 7, [7], id="a week"),
-        pytest.param([1, 8], 7, [1, 8], id="a week and a day"),
-        pytest.param([*range(1, 29)], 7, [7, 14, 21, 28], id="four weeks"),
-        pytest.param([5, 1, 3], 2, [1, 3, 5], id="in any order"),
-        pytest.param([1, 30], 1, [1, 30], id="a gap is no period and costs nothing"),
-    ],
-)
-def test_periods_hold_the_days_that_there_are(
-    days: list[int], period_days: int, last_days: list[int]
-) -> None:
-    partitions = [PartitionRef(key=f"events/dt=2017-03-{day:02}", files=()) for day in days]
-    start = datetime.datetime(2017, 3, 1, tzinfo=datetime.UTC).timestamp()
-    periods = periods_of(partitions, period_days)
-    assert [(period.end - start) / 86_400 for period in periods] == last_days
-    assert sum(period.num_days for period in periods) == len(days)
-
-
-@pytest.mark.parametrize(
-    ("days", "first"),
-    [
-        pytest.param([1], 1, id="a single day"),
-        pytest.param([1, 2, 3], 1, id="fewer days than the window has"),
-        pytest.param([1, 4, 10], 4, id="a window of seven days"),
-    ],
-)
-def test_the_evaluation_window_is_the_newest_days_of_the_update(
-    job: IngestJob, days: list[int], first: int
-) -> None:
-    parts = tuple(partition(f"2017-03-{day:02}") for day in days)
-    start = datetime.datetime(2017, 3, first, tzinfo=datetime.UTC).timestamp()
-    assert dataclasses.replace(job, partitions=parts).window_start == start

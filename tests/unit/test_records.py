@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from raysys.errors import LedgerCorruptError
 from raysys.ledger.records import SCHEMA_VERSION, Entry, Record, decode, encode
+from raysys.ledger.seal import seal
 from tests.helpers import (
     abandoned,
     committed,
@@ -38,7 +39,8 @@ RECORDS: dict[str, Record] = {
 
 def body(record: Record | None = None, **changes: Any) -> bytes:
     found = json.loads(encode(Entry(sequence=7, at=1.5, record=record or started())))
-    return json.dumps({**found, **changes}).encode()
+    del found["hash"]
+    return seal({**found, **changes})
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
@@ -62,11 +64,14 @@ def test_any_text_and_number_survives(names: list[str], owner: str, seed: int, a
 def test_a_record_is_one_line_of_json_that_names_its_type_and_schema() -> None:
     written = encode(Entry(sequence=7, at=1.5, record=abandoned()))
     assert b"\n" not in written
-    assert json.loads(written) == {
+    found = json.loads(written)
+    assert len(found.pop("hash")) == 64
+    assert found == {
         "schema_version": SCHEMA_VERSION,
         "type": "UpdateAbandoned",
         "sequence": 7,
         "at": 1.5,
+        "prev": "",
         "update_id": "u0001-aaaaaa",
         "reason": "lease expired",
     }

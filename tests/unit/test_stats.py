@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from raysys.ingest.features import DAY_S
 from raysys.ingest.items import read_items
-from raysys.ingest.periods import Period
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from tests.shop import HALF_LIFE_S

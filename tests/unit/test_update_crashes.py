@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from raysys import update
+from raysys import reserve, update
 from raysys.config import load_config
 from raysys.errors import EmptyPlanError, RootError
+from raysys.ledger.fold import Draft
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import Entry, UpdateCommitted, UpdateStarted
@@ -275,17 +276,17 @@ def clean_up_too_much(patch: pytest.MonkeyPatch, shop: Shop) -> None:
 
 
 def forget_abandoned_charges(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    def charge(state: State, update_id: str, spent: Any, status: str) -> tuple[Any, ...]:
-        kept = [spend for spend in state.spends if status != "abandoned" or spend[0] != update_id]
-        return tuple(kept)
+    def charge(draft: Draft, update_id: str, spent: Any, status: str) -> None:
+        if status == "abandoned":
+            draft.spends.pop(draft.place_in_spends.pop(update_id))
 
-    patch.setattr("raysys.ledger.state._charge", charge)
+    patch.setattr("raysys.ledger.fold._charge", charge)
 
 
 def plan_without_ledger(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    patch.setattr("raysys.ledger.state._double_use", lambda *args: None)
+    patch.setattr("raysys.ledger.rules._double_use", lambda *args: None)
     patch.setattr(
-        update, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
+        reserve, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
     )
 
 

@@ -26,7 +26,7 @@ QUICK = Patience(
     give_up_after_s=30.0,
 )  # fmt: skip
 """Asks again at once, and for longer than any test breaks the store."""
-HASTY = dataclasses.replace(QUICK, read_timeout_s=0.1)
+HASTY = dataclasses.replace(QUICK, read_timeout_s=0.05)
 """The same where the store is silent. It may ask twice also where the store is only slow."""
 IMPATIENT = dataclasses.replace(HASTY, give_up_after_s=0.04)
 """Asks a store that answers at once about five times, and a silent one once."""

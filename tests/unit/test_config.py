@@ -90,8 +90,14 @@ def test_a_config_cannot_be_changed() -> None:
         ),
         pytest.param(
             {"partitions": {"late_files": "maybe"}},
-            "partitions.late_files: expected 'fail' or 'consume', got 'maybe'",
+            "partitions.late_files: expected 'fail' or 'quarantine' or 'reprocess', got 'maybe'",
             id="unknown-choice",
+        ),
+        pytest.param(
+            {"partitions": {"vanished_files": "reprocess"}},
+            "partitions.vanished_files: expected 'fail' or 'quarantine' (what is gone cannot be "
+            "read again), got 'reprocess'",
+            id="impossible-choice",
         ),
         pytest.param(
             {"rollout": {"weight_fraction": 1.5}},

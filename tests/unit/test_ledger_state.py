@@ -239,6 +239,10 @@ ILLEGAL: dict[str, list[Record]] = {
     ],
     "file-listed-twice": [started(partitions=(partition("2017-03-01"), partition("2017-03-01")))],
     "commits-what-it-did-not-reserve": [FIRST, committed(FIRST, partitions=SECOND.partitions)],
+    "commits-another-content-than-it-reserved": [
+        FIRST,
+        committed(FIRST, partitions=ANEW.partitions),
+    ],
     "replaced-content-started-again": [
         FIRST,
         committed(FIRST),
@@ -332,7 +336,7 @@ def test_any_legal_order_of_records_consumes_each_file_once_and_never_frees_priv
             assert len(state.spends) >= len(charged)
     uses = file_uses(state.committed)
     assert all(len(updates) == 1 for updates in uses.values())
-    assert uses.keys() == {file.content for file in state.consumed_files.values()}
+    assert uses.keys() == state.consumed_files.keys()
     assert {name for name, _, status in state.spends if status == "abandoned"} == {
         update.update_id for update in state.abandoned
     }

@@ -4,7 +4,8 @@
     ├── Terminal                      will fail again: change something first
     │   ├── ConfigError               a config value is unknown, missing or out of bounds
     │   ├── RootError                 the root cannot be reached, read or written as configured
-    │   ├── LedgerCorruptError        a record cannot be read
+    │   ├── LedgerCorruptError        a record is missing, torn, changed, or may not be there
+    │   ├── UnknownRecordError        the ledger has no record of that number
     │   ├── EmptyPlanError            there is nothing new to train on
     │   ├── PartitionChangedError     a partition is late, rewritten, vanished or empty
     │   ├── BudgetExhaustedError      the update would spend more privacy than is left
@@ -48,7 +49,11 @@ class RootError(Terminal):
 
 
 class LedgerCorruptError(Terminal):
-    """A ledger record cannot be read."""
+    """A ledger record is missing, torn, changed after it was written, or may not be there."""
+
+
+class UnknownRecordError(Terminal):
+    """The ledger has no record of that number."""
 
 
 class EmptyPlanError(Terminal):

@@ -1,6 +1,7 @@
 """The command line: looks at a shop's ledger, and lets an operator steer its rollout.
 
     raysys plan | status | budget | versions | doctor --config shop.yaml [--json]
+    raysys ledger [list] | show N | verify --config shop.yaml [--json]
     raysys rollout status | start VERSION | promote | abort --config shop.yaml [--json]
 
 Nothing here needs a Ray cluster: the ledger below the root says it all, and a rollout is steered by
@@ -18,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from raysys.cli import budget, doctor, plan, rollout, status, versions
+from raysys.cli import budget, doctor, ledger, plan, rollout, status, versions
 from raysys.errors import RaysysError
 
 
@@ -43,6 +44,15 @@ app.command()(status.status)
 app.command()(budget.budget)
 app.command()(versions.versions)
 app.command()(doctor.doctor)
+
+ledger_app = typer.Typer(
+    cls=ledger.ListsByDefault,
+    help="List and explain the records, show one, or verify all.",
+)
+ledger_app.command("list")(ledger.list_records)
+ledger_app.command()(ledger.show)
+ledger_app.command()(ledger.verify)
+app.add_typer(ledger_app, name="ledger")
 
 rollout_app = typer.Typer(
     help="Put a version on trial with a share of the users, promote it or take it back.",

@@ -41,6 +41,8 @@ class ActiveUpdate:
     renewed_at: float
     """When the owner last wrote, by its own clock."""
     lease_expires_at: float
+    renewed_in: int
+    """The record that the owner wrote last: two renewals differ, even if its clock stands still."""
 
     @property
     def update_id(self) -> str:
@@ -184,7 +186,7 @@ def broken_link(entry: Entry, before: str, is_chained: bool) -> str | None:
 def _change(draft: Draft, entry: Entry) -> None:
     match entry.record:
         case UpdateStarted() as record:
-            _start(draft, record, entry.at)
+            _start(draft, record, entry)
         case LeaseRenewed() as record:
             assert draft.active is not None
             draft.active = dataclasses.replace(
@@ -192,6 +194,7 @@ def _change(draft: Draft, entry: Entry) -> None:
                 owner=record.owner,
                 renewed_at=entry.at,
                 lease_expires_at=record.lease_expires_at,
+                renewed_in=entry.sequence,
             )
         case UpdateAbandoned() as record:
             draft.active = None
@@ -204,12 +207,13 @@ def _change(draft: Draft, entry: Entry) -> None:
             _roll(draft, record, entry.at)
 
 
-def _start(draft: Draft, record: UpdateStarted, at: float) -> None:
+def _start(draft: Draft, record: UpdateStarted, entry: Entry) -> None:
     draft.active = ActiveUpdate(
         started=record,
         owner=record.owner,
-        renewed_at=at,
+        renewed_at=entry.at,
         lease_expires_at=record.lease_expires_at,
+        renewed_in=entry.sequence,
     )
     draft.num_started += 1
     if record.reserved is not None:

@@ -23,6 +23,7 @@ _NUM_READERS = 16
 _PER_READER = 16
 """Records that a thread reads at a time: handing one over costs more than a local read."""
 _READ_AHEAD = 8 * _NUM_READERS * _PER_READER
+_Found = tuple[int, Entry | LedgerCorruptError | None]
 _FEW = 16
 """So many records are read one by one before a listing is worth its price."""
 
@@ -82,14 +83,22 @@ class Reader:
                     range(part, min(part + _PER_READER, end))
                     for part in range(start, end, _PER_READER)
                 ]
-                for entries in pool.map(self._read_all, parts):
-                    yield from self._present(entries, last)
+                for found in pool.map(self._read_all, parts):
+                    yield from self._present(found, last)
 
-    def _read_all(self, sequences: Sequence[int]) -> list[tuple[int, Entry | None]]:
-        return [(sequence, self.read(sequence)) for sequence in sequences]
+    def _read_all(self, sequences: Sequence[int]) -> list[_Found]:
+        return [(sequence, self._try_to_read(sequence)) for sequence in sequences]
 
-    def _present(self, entries: list[tuple[int, Entry | None]], last: int) -> Iterator[Entry]:
-        for sequence, entry in entries:
+    def _try_to_read(self, sequence: int) -> Entry | LedgerCorruptError | None:
+        try:
+            return self.read(sequence)
+        except LedgerCorruptError as error:
+            return error  # raised in its turn: those before it are good
+
+    def _present(self, found: list[_Found], last: int) -> Iterator[Entry]:
+        for sequence, entry in found:
+            if isinstance(entry, LedgerCorruptError):
+                raise entry
             if entry is None:
                 raise LedgerCorruptError(
                     f"ledger record {sequence} is missing although record {last} exists; restore "

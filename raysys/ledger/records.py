@@ -176,6 +176,8 @@ Record = UpdateStarted | LeaseRenewed | UpdateAbandoned | UpdateCommitted | Roll
 _REVIVERS: dict[str, Reviver] = {
     cls.__name__: class_reviver(cls) for cls in typing.get_args(Record)
 }
+RECORD_TYPES = tuple(_REVIVERS)
+"""What a record's `type` can be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -166,12 +166,19 @@ def folded(*records: Record) -> State:
 
 
 def file_uses(commits: Sequence[UpdateCommitted]) -> dict[str, list[str]]:
-    """Each consumed content -> the updates that consumed it. Exactly-once means one each."""
+    """Each consumed content -> the updates that consumed it. Exactly-once means one each.
+
+    It is named by the path, and a later content of the same path by size and etag as well.
+    """
+    first: dict[str, str] = {}
     uses: dict[str, list[str]] = {}
     for commit in commits:
         for part in commit.partitions:
             for file in part.files:
-                uses.setdefault(file.content, []).append(commit.update_id)
+                is_first = first.setdefault(file.path, file.content) == file.content
+                uses.setdefault(file.path if is_first else file.content, []).append(
+                    commit.update_id
+                )
     return uses
 
 

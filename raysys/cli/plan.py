@@ -44,8 +44,7 @@ def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
         [
             *_partition_lines(planned),
             *(f"set aside  {aside.path}: {aside.reason}" for aside in planned.set_aside),
-            f"starts     from {planned.base_version or 'a head set by hand'}, state of "
-            f"{planned.base_state or 'no update'}",
+            _start_line(planned),
             f"watermark  {planned.watermark} (now {state.watermark or 'none'})",
             *_spend_lines(spend, expected),
             *active_lines(state),
@@ -126,6 +125,11 @@ def _partition_lines(planned: UpdatePlan) -> list[str]:
         f"{num_partitions} partitions and {len(planned.item_files)} item files are new "
         f"({planned.size_bytes:,} bytes), {planned.num_open} partitions still open{left}",
     ]
+
+
+def _start_line(planned: UpdatePlan) -> str:
+    state = f"the state of {planned.base_state}" if planned.base_state else "no state"
+    return f"starts     from {planned.base_version or 'a head set by hand'} and {state}"
 
 
 def _spend_lines(spend: PrivacySpend, expected: Forecast | None) -> list[str]:

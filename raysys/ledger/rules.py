@@ -59,9 +59,9 @@ def _start_problem(known: Known, record: UpdateStarted, active: UpdateStarted | 
 
 
 def _commit_problem(known: Known, record: UpdateCommitted, started: UpdateStarted) -> str | None:
-    reserved_paths = {file.path for file in files_of(started.partitions)}
+    reserved = set(files_of(started.partitions))
     for file in files_of(record.partitions):
-        if file.path not in reserved_paths:
+        if file not in reserved:
             return f"commits {file.path}, which {record.update_id} did not reserve"
     if found := _aside_problem(record, started):
         return found

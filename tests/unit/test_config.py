@@ -94,6 +94,12 @@ def test_a_config_cannot_be_changed() -> None:
             id="unknown-choice",
         ),
         pytest.param(
+            {"partitions": {"vanished_files": "reprocess"}},
+            "partitions.vanished_files: expected 'fail' or 'quarantine' (what is gone cannot be "
+            "read again), got 'reprocess'",
+            id="impossible-choice",
+        ),
+        pytest.param(
             {"rollout": {"weight_fraction": 1.5}},
             "rollout.weight_fraction: expected a fraction in (0, 1), got 1.5",
             id="out-of-bounds",

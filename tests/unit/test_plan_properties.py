@@ -7,6 +7,7 @@ order that hypothesis thinks of, against the real plan and the real fold.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -146,8 +147,14 @@ class Shop:
 
 def consumed_once(shop: Shop) -> set[str]:
     """All consumed contents, after it is sure that each is consumed by one update only."""
-    uses = file_uses(shop.state.committed)
-    assert [content for content, updates in uses.items() if len(updates) > 1] == []
+    uses = Counter(
+        file.content
+        for commit in shop.state.committed
+        for partition in commit.partitions
+        for file in partition.files
+    )
+    assert [content for content, num_uses in uses.items() if num_uses > 1] == []
+    assert len(file_uses(shop.state.committed)) == len(uses)
     return set(uses)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysys.errors import LedgerCorruptError
-from raysys.ledger.records import SCHEMA_VERSION, Entry, Record, decode, encode
+from raysys.ledger.records import SCHEMA_VERSION, Entry, Record, SetAside, decode, encode
 from raysys.ledger.seal import seal
 from tests.helpers import (
     abandoned,
@@ -22,15 +22,23 @@ from tests.helpers import (
     started,
 )
 
+SET_ASIDE = (
+    SetAside(
+        path="events/dt=2017-03-01/b", size_bytes=1, etag="e", kind="late", reason="came late"
+    ),
+    SetAside(path="events/dt=2017-03-02", size_bytes=0, etag="", kind="empty", reason="no data"),
+)
 RECORDS: dict[str, Record] = {
     "started": started(item_files=(item_file(),)),
     "started-not-private": started(private=False, reserved=None),
+    "started-with-set-asides": started(set_aside=SET_ASIDE),
     "renewed": renewed(),
     "abandoned": abandoned(),
     "committed": committed(
         metrics={"ndcg10": {"before": 0.3, "after": 0.31}, "interval": [0.1, 0.2]},
         artifacts={"versions/v1/head.bin": "0" * 64},
     ),
+    "committed-with-set-asides": committed(set_aside=SET_ASIDE),
     "held": committed(version=None),
     "canary": rollout(measurement={"phase": "inconclusive"}),
     "rolled-back": rollout("rolled_back"),

@@ -197,13 +197,27 @@ def _runs(file: pq.ParquetFile, batch_rows: int) -> Iterator[list[int]]:
 
 def _frame(table: pa.Table, wanted: Mapping[str, pl.DataType]) -> pl.DataFrame:
     table.validate(full=True)  # Polars takes text for UTF-8 without looking
-    for place, field in enumerate(table.schema):
-        # Some writers do not say that their bytes are text.
-        if isinstance(wanted.get(field.name), pl.String) and _is_binary(field.type):
-            table = table.set_column(place, field.name, table[place].cast(pa.large_string()))
-    frame: Any = pl.from_arrow(table)
+    columns = {
+        field.name: _polars_column(table[place], wanted.get(field.name))
+        for place, field in enumerate(table.schema)
+    }
+    try:
+        # Without metadata: Polars has no use for it and panics where it is no text.
+        frame: Any = pl.from_arrow(pa.table(columns))
+    except pl.exceptions.PanicException as error:
+        raise pa.ArrowInvalid(str(error)) from error
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+def _polars_column(column: pa.ChunkedArray, wanted: pl.DataType | None) -> pa.ChunkedArray:
+    found = column.type
+    if isinstance(wanted, pl.String) and _is_binary(found):
+        return column.cast(pa.large_string())  # Some writers do not say that bytes are text.
+    if pa.types.is_timestamp(found) and found.tz not in (None, "UTC"):
+        # Polars knows no offsets such as +01:00. This zone is UTC, but not the contract's type.
+        return column.cast(pa.timestamp(found.unit, "Etc/UTC"))
+    return column
 
 
 def _is_binary(found: pa.DataType) -> bool:

@@ -43,7 +43,8 @@ def rescue(
 def _without_user(column: pl.Series, raw: pl.Series, pseudonym: pl.Series) -> pl.Series:
     """The column with the pseudonym for each value that equals the raw id of its row."""
     if column.dtype == pl.Binary:
-        return column.bin.encode("base64")
+        same = (column == raw.cast(pl.Binary)).fill_null(False)
+        return pseudonym.zip_with(same, column.bin.encode("base64")).alias(column.name)
     if isinstance(column.dtype, pl.Struct):
         return _struct_without_user(column, raw, pseudonym)
     if isinstance(column.dtype, pl.Array):

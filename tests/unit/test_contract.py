@@ -220,6 +220,9 @@ class TestWidenedColumns:
                 pl.Series([NOON]).dt.cast_time_unit("ns").dt.convert_time_zone("Europe/Berlin"),
                 id="aware, Berlin, nanoseconds",
             ),
+            pytest.param(pl.Series([NOON]).dt.convert_time_zone("Europe/Berlin"), id="Berlin"),
+            pytest.param(pa.array([NOON], pa.timestamp("us", "+01:00")), id="an offset"),
+            pytest.param(pa.array([NOON], pa.timestamp("us", "Mars/Base")), id="no known zone"),
             pytest.param(pl.Series([NAIVE]), id="naive is UTC"),
             pytest.param(pl.Series([NAIVE]).dt.cast_time_unit("ms"), id="naive, milliseconds"),
             pytest.param(pl.Series([int(NOON_S)]), id="whole seconds"),
@@ -388,6 +391,14 @@ class TestImpossibleColumns:
         with pytest.raises(DataError, match=f"^{re.escape(PATH)} ") as error:
             read_column(name, column)
         assert "\n" not in str(error.value)
+
+    def test_names_and_metadata_that_are_no_text_quarantine_the_file_or_do_not_matter(self) -> None:
+        table = conforming().to_arrow().replace_schema_metadata({b"\xff": b"\xff"})
+        assert len(read(table).usable) == 1
+
+    def test_the_text_of_a_float_is_another_user_than_the_float(self) -> None:
+        users = [read_column("user_id", pl.Series([user])).usable["user"][0] for user in (42, 42.0)]
+        assert users[0] == users[1] != read_column("user_id", pl.Series(["42.0"])).usable["user"][0]
 
     def test_a_column_that_is_there_twice_quarantines_the_file(self) -> None:
         table = conforming().to_arrow()

@@ -95,7 +95,8 @@ def read_item_file(source: bytes | BinaryIO, path: str) -> tuple[pl.DataFrame, C
       The rows, and how many of them by what happened to a column, as `ingest.clean` names it.
 
     Raises:
-      DataError: The file is no parquet, cut off or corrupt; it has no `item_id` or a nested column.
+      DataError: The file is no parquet, cut off or corrupt; it has no `item_id`, or a column is
+        nested or of a type of which no value can fit.
     """
     with _readable(path):
         file = _open(source)
@@ -106,7 +107,7 @@ def read_item_file(source: bytes | BinaryIO, path: str) -> tuple[pl.DataFrame, C
             )
         present = [name for name in ITEM_SCHEMA if name in names]
         check_types(
-            _types(file.schema_arrow, ITEM_SCHEMA, path), ITEM_SCHEMA, frozenset({"item_id"}), path
+            _types(file.schema_arrow, ITEM_SCHEMA, path), ITEM_SCHEMA, frozenset(ITEM_SCHEMA), path
         )
         frame = _frame(file.read(present).select(present), ITEM_SCHEMA)
     fitted = fit(frame, present, ITEM_SCHEMA)

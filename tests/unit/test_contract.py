@@ -444,3 +444,7 @@ class TestItems:
     def test_an_item_file_without_its_ids_is_a_data_error(self) -> None:
         with pytest.raises(DataError, match=r"has no column item_id; it has \['title'\]"):
             self.read(pl.DataFrame({"title": ["milk"]}))
+
+    def test_a_column_of_which_no_value_fits_is_a_data_error(self) -> None:
+        with pytest.raises(DataError, match="has Binary in column updated_at; write it as a time"):
+            self.read(pl.DataFrame({"item_id": ["a"], "updated_at": [b"noon"]}))

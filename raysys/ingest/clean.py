@@ -55,7 +55,8 @@ REFUSED_SCHEMA: dict[str, pl.DataType] = {
     **{name: EVENT_SCHEMA[name] for name in ("event_id", "item_id", "ts", "event_type")},
     "reason": pl.String(),
 }
-"""Refused rows, without the user, since quarantine lies below the root like all else."""
+"""Refused rows, without the user, since quarantine lies below the root like all else. In a file
+whose columns are shifted an id may be the user's, and a type anything: they are null then."""
 MAX_CLOCK_SKEW = datetime.timedelta(hours=14)
 """Partitions may be cut by the shop's own time zone."""
 _NEVER_NULLED = REQUIRED_EVENT_COLUMNS | {"user_key_id"}
@@ -100,7 +101,8 @@ class PseudonymCache:
     """Pseudonyms of the users of one file, each computed once."""
 
     def __init__(self, pseudonymizer: Pseudonymizer) -> None:
-        self.key_id = pseudonymizer.key_id
+        self.key_ids = (pseudonymizer.key_id,)
+        """Of the pseudonyms that a file may hold."""
         self._pseudonymizer = pseudonymizer
         self._known: dict[str, str] = {}
 
@@ -129,7 +131,7 @@ def clean(
     """
     fitted = fit(frame, plan.read, EVENT_SCHEMA)
     filled = fitted.frame.with_columns(**{k: pl.lit(v) for k, v in plan.defaults.items()})
-    is_refused, refused = _refuse(filled, fitted, plan, pseudonyms.key_id, span)
+    is_refused, refused = _refuse(filled, fitted, plan, pseudonyms.key_ids, span)
     extra = frame.select(plan.rescued) if plan.rescued else None
     if len(refused):
         filled = filled.filter(~is_refused)
@@ -168,21 +170,32 @@ def _refuse(
     filled: pl.DataFrame,
     fitted: Fitted,
     plan: ColumnPlan,
-    key_id: str,
+    key_ids: tuple[str, ...],
     span: tuple[float, float],
 ) -> tuple[pl.Series, pl.DataFrame]:
     """Returns which rows are refused, and those rows, each with the first reason that holds."""
     wrong = {f"wrong {name}": mask for name, mask in fitted.wrong.items()}
     frame = filled.with_columns(**wrong)
-    reasons = _reasons(frame, plan, key_id, span)
+    reasons = _reasons(frame, plan, key_ids, span)
     is_refused = frame.select(pl.any_horizontal(holds for _, holds in reasons)).to_series()
     refused = frame.filter(is_refused) if is_refused.any() else frame.clear()
     first = pl.coalesce(pl.when(holds).then(pl.lit(reason)) for reason, holds in reasons)
-    return is_refused, complete(refused.with_columns(reason=first), REFUSED_SCHEMA)
+    return is_refused, _without_user(refused.with_columns(reason=first))
+
+
+def _without_user(refused: pl.DataFrame) -> pl.DataFrame:
+    rows = complete(refused, REFUSED_SCHEMA | {"user_id": pl.String()})
+    is_good = {
+        "event_id": pl.col("event_id").ne_missing(pl.col("user_id")),
+        "item_id": pl.col("item_id").ne_missing(pl.col("user_id")),
+        "event_type": pl.col("event_type").is_in(list(EVENT_TYPES)),
+    }
+    kept = [pl.when(good).then(name).alias(name) for name, good in is_good.items()]
+    return rows.with_columns(kept).select(list(REFUSED_SCHEMA))
 
 
 def _reasons(
-    frame: pl.DataFrame, plan: ColumnPlan, key_id: str, span: tuple[float, float]
+    frame: pl.DataFrame, plan: ColumnPlan, key_ids: tuple[str, ...], span: tuple[float, float]
 ) -> list[tuple[str, pl.Expr]]:
     """Reasons to refuse a row, each with when it holds (never null), the weightiest first."""
     start, end = (datetime.datetime.fromtimestamp(at, datetime.UTC) for at in span)
@@ -197,7 +210,7 @@ def _reasons(
             ("unknown event_type", ~event_type.is_in(list(EVENT_TYPES)).fill_null(False))
         ],
         "user_key_id": [
-            ("pseudonym of another key", own_key.is_not_null() & (own_key != key_id)),
+            ("pseudonym of another key", own_key.is_not_null() & ~own_key.is_in(list(key_ids))),
             ("user_id is no pseudonym", own_key.is_not_null() & ~is_pseudonym("user_id")),
         ],
     }

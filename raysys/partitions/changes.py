@@ -25,7 +25,6 @@ from raysys.ledger.records import FileRef, PartitionRef, SetAside, SetAsideKind
 from raysys.ledger.state import State
 from raysys.partitions.discover import PartitionRange
 from raysys.partitions.layout import SERVED_FILES, path_day
-from raysys.storage import ObjectInfo
 
 _Problem = tuple[SetAsideKind, FileRef]
 
@@ -217,20 +216,6 @@ def set_aside(kind: SetAsideKind, file: FileRef, state: State) -> SetAside:
         kind=kind,
         reason=_what_happened(kind, file.path, state),
     )
-
-
-def changed(planned: FileRef, found: ObjectInfo | None) -> str | None:
-    """Returns why what is found now is not what was planned, as the end of a sentence.
-
-    >>> file = FileRef(path="events/dt=2017-03-01/a.parquet", size_bytes=7, etag="x")
-    >>> changed(file, None)
-    'vanished after it was planned'
-    """
-    if found is None:
-        return "vanished after it was planned"
-    if found.size_bytes != planned.size_bytes:
-        return f"has {found.size_bytes} bytes, {planned.size_bytes} were planned"
-    return "was written anew after it was planned" if found.etag != planned.etag else None
 
 
 def is_served(path: str) -> bool:

@@ -36,19 +36,18 @@ THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
 FOURTH = started(
     "u0004-dddddd", private=False, reserved=None, partitions=(partition("2017-03-04"),)
 )
-_ASIDE = SetAside(
-    path="events/dt=2017-02-28/a.parquet", size_bytes=1, etag="e", kind="late", reason="came late"
+FIRST = started(
+    item_files=(item_file(),),
+    set_aside=(SetAside(path="c", size_bytes=1, etag="e", kind="late", reason="came late"),),
 )
-FIRST = started(item_files=(item_file(),), set_aside=(_ASIDE,))
 RICH: list[Record] = [
     FIRST,
     renewed(),
     committed(
         FIRST,
-        set_aside=(_ASIDE,),
         metrics={"ndcg10": [0.1, None], "by_day": {"1": 2}},
         artifacts={"a": "0" * 64},
-        quarantined_files={"events/dt=2017-03-01/a.parquet": "torn"},
+        quarantined_files={FIRST.partitions[0].files[0].path: "torn"},
     ),
     SECOND,
     committed(SECOND),

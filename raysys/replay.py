@@ -32,7 +32,7 @@ from raysys.ledger.records import FileRef, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.scorer import Head
-from raysys.partitions.changes import changed
+from raysys.partitions.discover import changed
 from raysys.privacy.plan import PrivacyPlan
 from raysys.registry.recipe import Recipe, installed_libraries
 from raysys.registry.store import VersionWeights, load_weights, read_checked, text_indexes

@@ -157,8 +157,11 @@ class IngestConfig:
     """User shards, at least: the unit of parallel ingest, and of what a train worker owns. An
     update that reads much has a multiple of it, so that no task needs more memory than another."""
     task_bytes: int = 16_000_000
-    """Bytes of event files that one task reads, and that one shard gets: small files are read
-    together."""
+    """Bytes of event files that one task reads: small files are read together."""
+    shard_bytes: int = 4_000_000
+    """Bytes of event files that one shard gets. Parquet grows some thirtyfold in memory."""
+    cpus_per_task: float = 0.5
+    """Cores that each task reserves. Less than 1, so that there is room beside replicas."""
     max_examples_per_user: int = 4
     """A user's requests kept an update, chosen at random."""
     max_positives: int = 6
@@ -189,7 +192,9 @@ class IngestConfig:
     def __post_init__(self) -> None:
         _check(self, "ingest", _AT_LEAST_1, "num_shards", "max_examples_per_user", "max_positives")
         _check(self, "ingest", _AT_LEAST_1, "max_history_items", "max_items_per_user_period")
-        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives", "task_bytes")
+        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives")
+        _check(self, "ingest", _AT_LEAST_1, "task_bytes", "shard_bytes")
+        _check(self, "ingest", _POSITIVE, "cpus_per_task")
         _check(self, "ingest", _NOT_NEGATIVE, "num_history_negatives", "num_popularity_negatives")
         _check(self, "ingest", _FRACTION, "holdout_fraction")
         _check(self, "ingest", _POSITIVE, "half_life_days")

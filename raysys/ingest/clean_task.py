@@ -28,7 +28,7 @@ from raysys.partitions.layout import partition_span, quarantine, staging
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
-PART_ROWS = 2_000_000
+PART_ROWS = 500_000
 """Rows held before a part is written."""
 
 

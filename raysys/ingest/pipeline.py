@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,8 @@ import polars as pl
 import ray
 from numpy.typing import NDArray
 
-from raysys import errors
 from raysys.config import Config
-from raysys.errors import DataError, RaysysError
+from raysys.errors import DataError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
 from raysys.ingest.clean import CLEAN_SCHEMA
 from raysys.ingest.clean_task import clean_task
@@ -56,6 +55,7 @@ from raysys.ingest.stats import (
     save_item_state,
     upsert,
 )
+from raysys.ingest.tasks import run_tasks
 from raysys.ledger.records import FileRef, PartitionRef
 from raysys.partitions.layout import quarantine, staging, state_folder
 from raysys.partitions.periods import Period, periods_of, window_start
@@ -149,14 +149,12 @@ def ingest(
     tasks = group_files(job.partitions, job.config.ingest.task_bytes)
     shards = [{"shard": shard} for shard in range(job.num_shards)]
 
-    cleaned = list(_map(job, _clean, [{"task": i, "files": t} for i, t in enumerate(tasks)]))
+    cleaned = _run(job, _clean, [{"task": i, "files": t} for i, t in enumerate(tasks)])
     paths = [path for row in cleaned for path in row["paths"]]
-    bounded = list(
-        _map(job, functools.partial(_bound_shard, item_ids=item_ids, paths=paths), shards)
-    )
+    bounded = _run(job, functools.partial(_bound_shard, item_ids=item_ids, paths=paths), shards)
     counts = _release(job, len(before.catalogue)) if released is None else released
     timeline = _publish(job, before, counts)
-    built = list(_map(job, functools.partial(_build_shard, timeline=ray.put(timeline)), shards))
+    built = _run(job, functools.partial(_build_shard, timeline=ray.put(timeline)), shards)
 
     bad_files = bad_items | {k: v for row in cleaned for k, v in row["bad_files"].items()}
     if bad_files:
@@ -182,31 +180,12 @@ def ingest(
     )
 
 
-def _map(
-    job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[Any]
-) -> Iterator[dict[str, Any]]:
-    """Runs `task` on each row as a Ray Data task of its own; results come in the rows' order."""
-    keys = ray.put(rows)
-    dataset = ray.data.range(len(rows), override_num_blocks=max(len(rows), 1))
-    done = dataset.map(functools.partial(_run_task, task=task, job=job, rows=keys), num_cpus=0.5)
-    results: dict[int, dict[str, Any]] = {}
-    for row in done.iter_rows():
-        results[row["id"]] = json.loads(row["result"])
-        if kind := results[row["id"]].get("error"):
-            raise getattr(errors, kind)(results[row["id"]]["message"])
-    yield from (results[i] for i in range(len(rows)))
-
-
-def _run_task(
-    row: dict[str, Any], task: Callable[..., dict[str, Any]], job: IngestJob, rows: Any
-) -> dict[str, Any]:
-    try:
-        result = task(ray.get(rows)[row["id"]], job=job)
-    except RaysysError as error:
-        # Ray would wrap it, and the job's exit code would not tell whether to try again.
-        result = {"error": type(error).__name__, "message": str(error)}
-    # As text: Ray Data would make tensors and structs of what is a plain answer.
-    return {"id": row["id"], "result": json.dumps(result)}
+def _run(
+    job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    return list(
+        run_tasks(functools.partial(task, job=job), rows, num_cpus=job.config.ingest.cpus_per_task)
+    )
 
 
 def _clean(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:

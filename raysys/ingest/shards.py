@@ -49,7 +49,9 @@ def group_files(
 def num_shards_for(partitions: Iterable[PartitionRef], config: IngestConfig) -> int:
     """Returns how many user shards an update has: a multiple of `num_shards`."""
     size_bytes = sum(file.size_bytes for partition in partitions for file in partition.files)
-    return config.num_shards * max(math.ceil(size_bytes / config.task_bytes / config.num_shards), 1)
+    return config.num_shards * max(
+        math.ceil(size_bytes / config.shard_bytes / config.num_shards), 1
+    )
 
 
 def shard_name(shard: int, num_shards: int) -> str:

@@ -78,7 +78,7 @@ class TestGroupFiles:
     ],
 )
 def test_shards_grow_in_number_not_in_size(size_bytes: int, expected: int) -> None:
-    config = IngestConfig(num_shards=4, task_bytes=100)
+    config = IngestConfig(num_shards=4, shard_bytes=100)
     assert num_shards_for([day(1, size_bytes)], config) == expected
 
 

@@ -19,14 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 from raysys.config import Config
-from raysys.errors import ConfigError, DataError
+from raysys.errors import DataError
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import privacy_statement, render_report
 from raysys.ingest.features import IndexArray
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest, period_ends, read_items
-from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.pseudonym import Pseudonymizer, check_key
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
@@ -34,9 +34,10 @@ from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
-from raysys.partitions.discover import discover, work_folders
+from raysys.partitions.discover import discover
 from raysys.partitions.layout import staging
-from raysys.partitions.plan import UpdatePlan, orphan_folders, plan_update
+from raysys.partitions.orphans import delete_orphans
+from raysys.partitions.plan import UpdatePlan, plan_update
 from raysys.privacy.accounting import ACCOUNTANT
 from raysys.privacy.budget import check_reservation, spent_epsilon
 from raysys.privacy.plan import PrivacyPlan
@@ -89,10 +90,10 @@ def run_update(
     began = time.monotonic()
     root = Root(config.root)
     root.check_writable()
-    key_id = Pseudonymizer.from_file(config.pseudonyms.key_file).key_id
+    keys = Pseudonymizer.from_config(config.pseudonyms)
     weights_sha256(resolve_encoder(config.model.encoder))
     log = Log(root)
-    _delete_orphans(root, log)
+    delete_orphans(root, log)
     found, now = discover(root), time.time()
 
     def plan_of(state: State) -> UpdatePlan:
@@ -101,7 +102,7 @@ def run_update(
     owner = f"{platform.node()}:{os.getpid()}"
 
     def reserve(state: State) -> UpdateStarted:
-        return _reserve(state, plan_of(state), config, key_id, owner)
+        return _reserve(state, plan_of(state), config, keys, owner)
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
@@ -116,7 +117,7 @@ def run_update(
             plan_of(state), base_version=started.base_version, base_state=started.base_state
         )
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
-        _delete_orphans(root, log)
+        delete_orphans(root, log)
         run = _Run(
             config=config, root=root, state=state, started=started, plan=plan,
             privacy=plan_privacy(config, plan), lease=lease, on_progress=on_progress, began=began,
@@ -140,14 +141,10 @@ def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
 
 
 def _reserve(
-    state: State, plan: UpdatePlan, config: Config, key_id: str, owner: str
+    state: State, plan: UpdatePlan, config: Config, keys: Pseudonymizer, owner: str
 ) -> UpdateStarted:
     """Decides, on the state that directly precedes the record, what the update takes."""
-    if state.user_key_id not in (None, key_id):
-        raise ConfigError(
-            f"pseudonyms.key_file: holds key {key_id}, but the histories below {config.root} were "
-            f"made with key {state.user_key_id}; give the old key back, or start a new root"
-        )
+    check_key(keys, state.user_key_id, config.root)
     reserved = plan_privacy(config, plan).reserved
     if reserved is not None:
         check_reservation(state, reserved, config.privacy)
@@ -162,7 +159,7 @@ def _reserve(
         base_version=plan.base_version,
         base_state=plan.base_state,
         config_hash=config.hash(),
-        user_key_id=key_id,
+        user_key_id=keys.key_id,
         seed=int.from_bytes(digest[:6]),
         private=reserved is not None,
         reserved=reserved,
@@ -218,6 +215,7 @@ def _ingest(run: _Run) -> Ingested:
         config=run.config,
         update_id=run.update_id,
         base_state=run.plan.base_state,
+        user_key_id=run.started.user_key_id,
         partitions=partitions,
         seed=run.started.seed,
     )
@@ -351,18 +349,8 @@ def _record(
         private=run.started.private,
         spent=run.privacy.reserved,
         seconds=round(time.monotonic() - run.began, 3),
+        user_key_id=run.started.user_key_id,
     )
-
-
-def _delete_orphans(root: Root, log: Log) -> None:
-    """Deletes what killed updates left.
-
-    The folders are listed before the ledger is read: whoever made one of them has started by then,
-    so a folder without an active or committed update has no living owner.
-    """
-    folders = work_folders(root)
-    for folder in orphan_folders(log.refresh(), folders):
-        root.delete_prefix(folder)
 
 
 def _without_nan(value: Any) -> Any:

@@ -99,6 +99,7 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         private=start.private,
         spent=start.reserved,
         seconds=1.0,
+        user_key_id=start.user_key_id,
     )
     return dataclasses.replace(record, **changes)
 

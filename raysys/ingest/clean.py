@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import datetime
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
 from raysys.errors import DataError
-from raysys.ingest.pseudonym import Pseudonymizer, is_pseudonym
+from raysys.ingest.pseudonym import Pseudonymizer, is_pseudonym, pseudonymize
 from raysys.partitions.schema import EVENT_SCHEMA, EVENT_TYPES, REQUIRED_EVENT_COLUMNS
 
 CLEAN_COLUMNS = ["user", "item_id", "ts", "event_id", "event_type", "request_id", "query"]
@@ -98,17 +98,10 @@ def clean_events(
       Usable rows (`CLEAN_COLUMNS`), and refused rows: `event_id`, `item_id`, `ts`, `event_type` and
       `reason`, without the user, since quarantine is below the root like all else.
     """
-    key_id = pseudonymizer.key_id
-    reasons = frame.with_columns(reason=_refusal(key_id, date))
+    reasons = frame.with_columns(reason=_refusal(pseudonymizer.key_ids, date))
     refused = reasons.filter(pl.col("reason").is_not_null())
-    usable = reasons.filter(pl.col("reason").is_null())
-    pseudonyms = {user: pseudonymizer.pseudonym(user) for user in _raw_users(usable)}
-    usable = usable.with_columns(
-        user=pl.when(pl.col("user_key_id").is_null())
-        .then(pl.col("user_id").replace_strict(pseudonyms, default=None, return_dtype=pl.String))
-        .otherwise(pl.col("user_id")),
-        ts=pl.col("ts").dt.timestamp("us") / 1e6,
-    )
+    usable = pseudonymize(reasons.filter(pl.col("reason").is_null()), pseudonymizer)
+    usable = usable.with_columns(ts=pl.col("ts").dt.timestamp("us") / 1e6)
     own_request = pl.concat_str("user", pl.col("ts").cast(pl.String), separator="@")
     given_request = pl.col("request_id").replace("", None)
     usable = usable.with_columns(request_id=given_request.fill_null(own_request))
@@ -118,11 +111,7 @@ def clean_events(
     )
 
 
-def _raw_users(frame: pl.DataFrame) -> list[str]:
-    return frame.filter(pl.col("user_key_id").is_null())["user_id"].unique().to_list()
-
-
-def _refusal(key_id: str, date: datetime.date) -> pl.Expr:
+def _refusal(key_ids: Sequence[str], date: datetime.date) -> pl.Expr:
     """The first reason for which a row cannot be used, null where there is none."""
     midnight = datetime.datetime.combine(date, datetime.time(), datetime.UTC)
     blank = {name: pl.col(name).fill_null("") == "" for name in ("event_id", "user_id", "item_id")}
@@ -135,7 +124,7 @@ def _refusal(key_id: str, date: datetime.date) -> pl.Expr:
         .then(pl.lit("ts outside the partition's day"))
         .when(~pl.col("event_type").fill_null("").is_in(list(EVENT_TYPES)))
         .then(pl.lit("unknown event_type"))
-        .when(pl.col("user_key_id").fill_null(key_id) != key_id)
+        .when(~pl.col("user_key_id").is_in([*key_ids, None], nulls_equal=True))
         .then(pl.lit("pseudonym of another key"))
         .when(pl.col("user_key_id").is_not_null() & ~is_pseudonym("user_id"))
         .then(pl.lit("user_id is no pseudonym"))

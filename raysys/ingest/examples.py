@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from raysys.config import IngestConfig
 from raysys.ingest.bound import sample_per_group
 from raysys.ingest.features import NUM_FEATURES, IndexArray, ItemTable, UserHistory, features
-from raysys.ingest.pseudonym import is_held_out
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, draw_held_out
 from raysys.ingest.sample import NegativeSampler, max_candidates
 
 NUM_ATTENDED = 32
@@ -39,6 +39,9 @@ HISTORY_SCHEMA = {
     "first_ts": pl.Float64(),
     "last_ts": pl.Float64(),
 }
+
+
+_NONE_DRAWN = pl.DataFrame(schema=HELD_OUT_SCHEMA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +130,8 @@ class ShardResult:
     examples: ExampleSet
     cases: pl.DataFrame
     histories: pl.DataFrame
+    held_out: pl.DataFrame
+    """Every draw that was made so far."""
     num_users: int
     """Users with an outcome in this update."""
 
@@ -140,6 +145,7 @@ def build_shard(
     window_start: float,
     config: IngestConfig,
     seed: int,
+    held_out: pl.DataFrame = _NONE_DRAWN,
 ) -> ShardResult:
     """Builds examples, cases and the new histories of one shard.
 
@@ -151,7 +157,11 @@ def build_shard(
       window_start: UNIX seconds at which the evaluation window begins.
       seed: Of caps and negatives. Each request draws by itself: removing a user changes nobody
         else's examples, even for whoever knows the seed.
+      held_out: HELD_OUT_SCHEMA, the draws of earlier updates.
     """
+    seen = pl.concat([histories["user"], events["user"]])
+    held_out = draw_held_out(seen, held_out, config.holdout_fraction)
+    events = events.join(held_out, on="user", how="left")
     events = events.sort("user", "ts", "event_id", "item")
     lookup = _Histories(
         events,
@@ -163,7 +173,7 @@ def build_shard(
     foreseeable = _after_history(events, histories)
     return ShardResult(
         examples=_examples(foreseeable, lookup, tables, config, seed),
-        cases=_cases(foreseeable, lookup, window_start, config),
+        cases=_cases(foreseeable, lookup, window_start),
         histories=merge_histories(
             histories,
             events,
@@ -172,6 +182,7 @@ def build_shard(
             half_life_s=tables[-1].half_life_s,
             max_items=config.max_history_items,
         ),
+        held_out=held_out,
         num_users=events["user"].n_unique(),
     )
 
@@ -268,7 +279,7 @@ def _examples(
     config: IngestConfig,
     seed: int,
 ) -> ExampleSet:
-    trained = events.filter(~is_held_out(config.holdout_fraction))
+    trained = events.filter(~pl.col("held_out"))
     requests = trained.group_by("user", "request_id", maintain_order=True).agg(
         pl.col("ts", "period").min(), pl.col("query").drop_nulls().first(), pl.col("item", "gain")
     )
@@ -346,12 +357,10 @@ CASE_SCHEMA = {
 }
 
 
-def _cases(
-    events: pl.DataFrame, lookup: _Histories, window_start: float, config: IngestConfig
-) -> pl.DataFrame:
+def _cases(events: pl.DataFrame, lookup: _Histories, window_start: float) -> pl.DataFrame:
     window = events.filter(pl.col("ts") >= window_start)
     users = window.group_by("user", maintain_order=True).agg(
-        pl.col("item", "gain"), is_held_out(config.holdout_fraction).first().alias("held_out")
+        pl.col("item", "gain"), pl.col("held_out").first()
     )
     rows = []
     for user in users.iter_rows(named=True):

@@ -33,10 +33,10 @@ from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parqu
 from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.outcomes import find_outcomes, period_of
-from raysys.ingest.pseudonym import Pseudonymizer, user_shard
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, Pseudonymizer, user_shard
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef, PartitionRef
-from raysys.partitions.layout import partition_date, quarantine, staging, state_folder
+from raysys.partitions.layout import HELD_OUT, partition_date, quarantine, staging, state_folder
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -50,6 +50,8 @@ class IngestJob:
     config: Config
     update_id: str
     base_state: str | None
+    user_key_id: str
+    """The key of the pseudonyms to be made: a later one may be given while the update runs."""
     partitions: tuple[PartitionRef, ...]
     seed: int
     """Of caps and negatives, so that a retried task makes the same."""
@@ -175,7 +177,8 @@ def _map(
 def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
     partition = job.partitions[row["index"]]
     date = partition_date(partition.key)
-    pseudonymizer = Pseudonymizer.from_file(job.config.pseudonyms.key_file)
+    keys = Pseudonymizer.from_config(job.config.pseudonyms)
+    pseudonymizer = keys.until(job.user_key_id)
     usable, refused, bad_files = [], [], {}
     for file in partition.files:
         try:
@@ -240,16 +243,18 @@ def _build_shard(
 ) -> dict[str, Any]:
     shard, num_shards = row["shard"], job.config.ingest.num_shards
     outcomes = _read_frames(job.root, _shard_folder(job, shard, "outcomes"), {})
-    histories = pl.DataFrame(schema=HISTORY_SCHEMA)
+    histories, held_out = pl.DataFrame(schema=HISTORY_SCHEMA), pl.DataFrame(schema=HELD_OUT_SCHEMA)
     as_of = 0.0
     if job.base_state is not None:
         histories = load_histories(job.root, job.base_state).filter(user_shard(num_shards) == shard)
+        held_out = load_held_out(job.root, job.base_state).filter(user_shard(num_shards) == shard)
         as_of = load_item_state(job.root, job.base_state).as_of
     held: list[ItemTable] = ray.get(tables)
     result = build_shard(
         outcomes,
         histories,
         histories_as_of=as_of,
+        held_out=held_out,
         tables=held,
         window_start=job.window_start,
         config=job.config.ingest,
@@ -258,6 +263,7 @@ def _build_shard(
     job.root.put(examples_path(job.update_id, shard), result.examples.to_bytes())
     job.root.put(cases_path(job.update_id, shard), to_parquet(result.cases))
     job.root.put(histories_path(job.update_id, shard), to_parquet(result.histories))
+    job.root.put(held_out_path(job.update_id, shard), to_parquet(result.held_out))
     return {"num_users": result.num_users, "num_examples": len(result.examples.user)}
 
 
@@ -274,6 +280,16 @@ def cases_path(update_id: str, shard: int) -> str:
 def histories_path(update_id: str, shard: int) -> str:
     """Where a shard's user histories are kept after the update."""
     return f"{state_folder(update_id)}/histories/{shard:04}.parquet"
+
+
+def held_out_path(update_id: str, shard: int) -> str:
+    """Where a shard's draws of who is held out are kept after the update."""
+    return f"{state_folder(update_id)}/{HELD_OUT}/{shard:04}.parquet"
+
+
+def load_held_out(root: Root, update_id: str) -> pl.DataFrame:
+    """Reads who is held out, HELD_OUT_SCHEMA; of a state that kept no draws yet, nobody."""
+    return _read_frames(root, f"{state_folder(update_id)}/{HELD_OUT}", HELD_OUT_SCHEMA)
 
 
 def load_histories(root: Root, update_id: str) -> pl.DataFrame:

@@ -22,6 +22,7 @@ from raysys.ledger.records import (
     LeaseRenewed,
     PartitionRef,
     PrivacySpend,
+    PseudonymsRotated,
     Record,
     RolloutChanged,
     UpdateAbandoned,
@@ -68,8 +69,13 @@ class State:
     spends: tuple[tuple[str, PrivacySpend, SpendStatus], ...] = ()
     """What each private update is charged: its reservation until it commits, and for good if it is
     abandoned, since nobody knows how far it came."""
+    head_state: str | None = None
+    """The update whose `state/` the next update starts from: the last commit, held or not, or a
+    rotation of its pseudonyms."""
     user_key_id: str | None = None
-    """The key of the pseudonyms in the committed histories."""
+    """The key of the pseudonyms in the head state."""
+    rotations: tuple[PseudonymsRotated, ...] = ()
+    """In order."""
     rollout: RolloutChanged | None = None
     """The last transition."""
     rolled_back: frozenset[str] = frozenset()
@@ -94,9 +100,18 @@ class State:
         return next((version for version in reversed(versions) if version in sound), None)
 
     @property
-    def head_state(self) -> str | None:
-        """The update whose `state/` the next update starts from: the last commit, held or not."""
-        return self.committed[-1].update_id if self.committed else None
+    def head_artifacts(self) -> Mapping[str, str]:
+        """Path -> sha256 of the head state's files; of an update, also of its version's."""
+        if self.rotations and self.rotations[-1].update_id == self.head_state:
+            return self.rotations[-1].artifacts
+        return self.committed[-1].artifacts if self.committed else {}
+
+    @property
+    def kept_updates(self) -> frozenset[str]:
+        """The updates and rotations that were committed: their folders are kept."""
+        return frozenset(
+            [u.update_id for u in self.committed] + [r.update_id for r in self.rotations]
+        )
 
     @property
     def watermark(self) -> str | None:
@@ -162,6 +177,8 @@ class State:
             return f"is about {record.update_id}, which is not the active update"
         if isinstance(record, UpdateCommitted):
             return _commit_problem(self, record, self.active.started)
+        if isinstance(record, PseudonymsRotated):
+            return _rotation_problem(self, record, self.active.started)
         return None
 
 
@@ -198,6 +215,14 @@ def _after(state: State, entry: Entry) -> State:
             )
         case UpdateCommitted():
             return _after_commit(state, record)
+        case PseudonymsRotated():
+            return dataclasses.replace(
+                state,
+                active=None,
+                head_state=record.update_id,
+                user_key_id=record.to_key_id,
+                rotations=(*state.rotations, record),
+            )
         case RolloutChanged():
             return _after_rollout(state, record)
 
@@ -252,15 +277,17 @@ def _after_commit(state: State, record: UpdateCommitted) -> State:
     files = {file.path: file for file in _files(record.partitions)}
     keys = {partition.key: record.update_id for partition in record.partitions}
     item_files = {file.path: file for file in record.item_files}
+    key_id = state.active.started.user_key_id
     return dataclasses.replace(
         state,
         active=None,
-        committed=(*state.committed, record),
+        committed=(*state.committed, dataclasses.replace(record, user_key_id=key_id)),
+        head_state=record.update_id,
         consumed_files={**state.consumed_files, **files},
         consumed_partitions={**state.consumed_partitions, **keys},
         consumed_item_files={**state.consumed_item_files, **item_files},
         spends=_charge(state, record.update_id, record.spent, "committed"),
-        user_key_id=state.active.started.user_key_id,
+        user_key_id=key_id,
     )
 
 
@@ -276,8 +303,7 @@ def _charge(
 def _start_problem(state: State, record: UpdateStarted) -> str | None:
     if state.active is not None:
         return f"starts {record.update_id} while {state.active.update_id} is active"
-    ended = [u.update_id for u in state.committed] + [u.update_id for u in state.abandoned]
-    if record.update_id in ended:
+    if record.update_id in {*state.kept_updates, *(u.update_id for u in state.abandoned)}:
         return f"starts {record.update_id} a second time"
     if (record.reserved is not None) != record.private:
         return f"starts {record.update_id} with private={record.private} but the other reservation"
@@ -293,9 +319,26 @@ def _commit_problem(state: State, record: UpdateCommitted, started: UpdateStarte
         return f"commits version {record.version} a second time"
     if (record.version is None) != (record.verdict == "held"):
         return f"commits version {record.version} with verdict {record.verdict}"
+    if {record.user_key_id, state.user_key_id} - {None, started.user_key_id}:
+        return f"commits {record.update_id} with pseudonyms of another key than the state has"
     if not _within(record.spent, started.reserved):
         return f"commits {record.update_id} with another privacy spend than it reserved"
     return _double_use(state, record.update_id, record.partitions)
+
+
+def _rotation_problem(
+    state: State, record: PseudonymsRotated, started: UpdateStarted
+) -> str | None:
+    if started.partitions or started.user_key_id != record.to_key_id:
+        return f"rotates pseudonyms in {record.update_id}, which was started for something else"
+    if (record.base_state, record.from_key_id) != (state.head_state, state.user_key_id):
+        return (
+            f"rotates state {record.base_state} of key {record.from_key_id}, the head state is "
+            f"{state.head_state} of key {state.user_key_id}"
+        )
+    if record.to_key_id in (state.user_key_id, *(r.from_key_id for r in state.rotations)):
+        return f"rotates pseudonyms back to key {record.to_key_id}"
+    return None
 
 
 def _double_use(state: State, update_id: str, partitions: tuple[PartitionRef, ...]) -> str | None:

@@ -19,6 +19,8 @@ STAGING = "staging"
 STATE = "state"
 VERSIONS = "versions"
 QUARANTINE = "quarantine"
+HELD_OUT = "held_out"
+"""Below an update's `state/`: the draws of who is held out."""
 
 SERVED_FILES = ("impressions-", "feedback-")
 """How files begin that replicas write below `events/`, at any time of any day."""

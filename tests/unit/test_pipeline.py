@@ -65,6 +65,7 @@ def job(local_root: Root, tmp_path: Path) -> IngestJob:
         ),
         update_id=UPDATE,
         base_state=None,
+        user_key_id=Pseudonymizer(KEY).key_id,
         partitions=(partition("2017-03-01", *files),),
         seed=0,
     )

@@ -114,6 +114,7 @@ def _orphans(root: Root, state: State) -> Iterator[str]:
     owned = {f"versions/{version}" for version in state.versions}
     for update in state.committed:
         owned |= {f"state/{update.update_id}", f"quarantine/{update.update_id}"}
+    owned |= {f"state/{rotation.update_id}" for rotation in state.rotations}
     folders = {f"{parent}/{name}" for parent in PARENTS for name in root.list_folders(parent)}
     folders |= {"/".join(info.path.split("/")[:2]) for info in root.list("")}
     for folder in sorted(folders - owned):
@@ -122,7 +123,7 @@ def _orphans(root: Root, state: State) -> Iterator[str]:
 
 
 def _damaged(root: Root, state: State) -> Iterator[str]:
-    for update in state.committed:
+    for update in (*state.committed, *state.rotations):
         if not update.artifacts:
             yield f"{update.update_id} has no artifacts"
         for path, expected in update.artifacts.items():

@@ -34,8 +34,11 @@ def read_parquet_file(data: bytes, path: str) -> pl.DataFrame:
     try:
         return pl.read_parquet(io.BytesIO(data))
     except (pl.exceptions.PolarsError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not a readable parquet file: {reason}") from error
+        # Its message may quote what is in the file, and a reason is written below the root.
+        kind = type(error).__name__
+        raise DataError(
+            f"{path} is not a readable parquet file ({kind}, {len(data):,} bytes)"
+        ) from None
 
 
 def conform(frame: pl.DataFrame, path: str) -> pl.DataFrame:
@@ -48,7 +51,9 @@ def conform(frame: pl.DataFrame, path: str) -> pl.DataFrame:
     """
     missing = sorted(set(REQUIRED_EVENT_COLUMNS) - set(frame.columns))
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {frame.columns}")
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}; it has {name_columns(frame, EVENT_SCHEMA)}"
+        )
     return select_as(frame, EVENT_SCHEMA, path)
 
 
@@ -61,14 +66,32 @@ def select_as(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], path: str)
     nested = [name for name in schema if name in frame.columns and frame.schema[name].is_nested()]
     if nested:
         raise DataError(f"{path} has nested values in column {', '.join(nested)}; flatten them")
-    try:
-        return frame.select(
-            _cast(frame, name, dtype) if name in frame.columns else pl.lit(None, dtype).alias(name)
-            for name, dtype in schema.items()
-        )
-    except pl.exceptions.PolarsError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} has a column of a type that does not fit: {reason}") from error
+    columns = []
+    for name, dtype in schema.items():
+        try:
+            columns.append(
+                frame.select(_cast(frame, name, dtype)).to_series()
+                if name in frame.columns
+                else pl.repeat(None, len(frame), dtype=dtype, eager=True).alias(name)
+            )
+        except pl.exceptions.PolarsError:
+            # The message may quote values, and the type of an Enum does.
+            raise DataError(
+                f"{path} has column {name} of type {frame.schema[name].base_type()}, which does "
+                f"not become {dtype}; write it as that"
+            ) from None
+    return pl.DataFrame(columns)
+
+
+def name_columns(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> str:
+    """Names those of a frame's columns that a schema has; the others may be anything, ids too.
+
+    >>> name_columns(pl.DataFrame({"ts": [], "alice@example.com": []}), EVENT_SCHEMA)
+    "['ts'] and 1 of other names"
+    """
+    known = [name for name in frame.columns if name in schema]
+    num_others = len(frame.columns) - len(known)
+    return f"{known} and {num_others} of other names" if num_others else f"{known}"
 
 
 def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.Expr:

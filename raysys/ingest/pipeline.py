@@ -29,7 +29,14 @@ from numpy.typing import NDArray
 from raysys.config import Config
 from raysys.errors import DataError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
-from raysys.ingest.clean import CLEAN_COLUMNS, clean_events, conform, read_parquet_file, select_as
+from raysys.ingest.clean import (
+    CLEAN_COLUMNS,
+    clean_events,
+    conform,
+    name_columns,
+    read_parquet_file,
+    select_as,
+)
 from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.outcomes import find_outcomes, period_of
@@ -142,7 +149,7 @@ def read_items(root: Root, item_files: Iterable[FileRef]) -> tuple[pl.DataFrame,
 def _read_item_file(root: Root, path: str) -> pl.DataFrame:
     frame = read_parquet_file(root.read_bytes(path), path)
     if "item_id" not in frame.columns:
-        raise DataError(f"{path} has no column item_id; it has {frame.columns}")
+        raise DataError(f"{path} has no column item_id; it has {name_columns(frame, ITEM_SCHEMA)}")
     return select_as(frame, ITEM_SCHEMA, path)
 
 

@@ -235,16 +235,13 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     )
     feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
-
-    def load_by_name(name: str) -> Servable:
-        record = log.refresh().versions[name]
-        keys.of(record.user_key_id)  # without it, none of its histories would be found
-        return load(root, record)
-
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
-        versions=ResidentVersions(load_by_name, lambda update_id: load_item_ids(root, update_id)),
+        versions=ResidentVersions(
+            lambda name: load_named(name, root, log, keys, load),
+            lambda update_id: load_item_ids(root, update_id),
+        ),
         keys=keys,
         impressions=impressions,
         feedback=feedback,
@@ -252,6 +249,18 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         max_ts_age_s=args.max_ts_age_s,
     )
     return Replica(service, Follower(service, log, controller), impressions, feedback)
+
+
+def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
+    """Loads a committed version.
+
+    Raises:
+      MissingKeyError: This replica has not got its user key yet, so it would find no history.
+      RaysysError: As `load`.
+    """
+    record = log.refresh().versions[name]
+    keys.of(record.user_key_id)
+    return load(root, record)
 
 
 def build(args: Mapping[str, Any]) -> Application:

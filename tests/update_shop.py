@@ -22,6 +22,7 @@ import polars as pl
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateStarted
 from raysys.ledger.state import State
+from raysys.partitions.layout import SERVED_FILES
 from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.storage import Root
 from tests import tiny_shop
@@ -147,13 +148,18 @@ def _not_charged(log: Log) -> Iterator[str]:
 
 
 def find_raw_ids(root: Root) -> list[str]:
-    """Paths of all objects outside `events/` that hold a raw user id."""
+    """Paths of all objects that hold a raw user id, except for the shop's own files."""
     return [
         info.path
         for info in root.list("")
-        if not info.path.startswith("events/")
+        if not _is_the_shops(info.path)
         and RAW_ID_MARK in info.path + _text(info.path, root.read_bytes(info.path))
     ]
+
+
+def _is_the_shops(path: str) -> bool:
+    is_served = path.rpartition("/")[2].startswith(SERVED_FILES)
+    return path.startswith("items/") or (path.startswith("events/") and not is_served)
 
 
 def _text(path: str, data: bytes) -> str:

@@ -118,11 +118,14 @@ def clean_events(
         a wrong time would poison every decayed count.
 
     Returns:
-      Usable rows (`CLEAN_COLUMNS`), and refused rows: `event_id`, `item_id`, `ts`, `event_type` and
-      `reason`, without the user, since quarantine is below the root like all else.
+      Usable rows (`CLEAN_COLUMNS`), and refused rows: `event_id`, `item_id`, `ts`, `event_type`
+      (where it is one) and `reason`, without the user, since quarantine is below the root like all
+      else.
     """
     reasons = frame.with_columns(reason=_refusal(pseudonymizer.key_ids, date))
-    refused = reasons.filter(pl.col("reason").is_not_null())
+    # A type that is none may be anything, a user id too where a file's columns are shifted.
+    known_type = pl.when(pl.col("event_type").is_in(list(EVENT_TYPES))).then("event_type")
+    refused = reasons.filter(pl.col("reason").is_not_null()).with_columns(event_type=known_type)
     usable = pseudonymize(reasons.filter(pl.col("reason").is_null()), pseudonymizer)
     usable = usable.with_columns(ts=pl.col("ts").dt.timestamp("us") / 1e6)
     own_request = pl.concat_str("user", pl.col("ts").cast(pl.String), separator="@")

@@ -40,7 +40,12 @@ from raysys.ingest.clean import (
 from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.outcomes import find_outcomes, period_of
-from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, Pseudonymizer, user_shard
+from raysys.ingest.pseudonym import (
+    HELD_OUT_SCHEMA,
+    Pseudonymizer,
+    no_values_in_errors,
+    user_shard,
+)
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef, PartitionRef
 from raysys.partitions.layout import HELD_OUT, partition_date, quarantine, staging, state_folder
@@ -188,12 +193,14 @@ def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
     pseudonymizer = keys.until(job.user_key_id)
     usable, refused, bad_files = [], [], {}
     for file in partition.files:
+        data = job.root.read_bytes(file.path)
         try:
-            frame = conform(read_parquet_file(job.root.read_bytes(file.path), file.path), file.path)
+            with no_values_in_errors(file.path):
+                frame = conform(read_parquet_file(data, file.path), file.path)
+                good, bad = clean_events(frame, pseudonymizer, date=date)
         except DataError as error:
             bad_files[file.path] = str(error)
             continue
-        good, bad = clean_events(frame, pseudonymizer, date=date)
         usable.append(good)
         refused.append(bad.with_columns(path=pl.lit(file.path)))
     num_refused = sum(map(len, refused))

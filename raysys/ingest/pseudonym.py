@@ -14,16 +14,18 @@ the user is held out; the draw is then carried in `state/`, since it must outliv
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import polars as pl
 
 from raysys.config import PseudonymConfig
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, RaysysError
 
 MIN_KEY_BYTES = 16
 HELD_OUT_SCHEMA = {"user": pl.String(), "held_out": pl.Boolean()}
@@ -176,6 +178,28 @@ def pseudonymize(frame: pl.DataFrame, pseudonymizer: Pseudonymizer) -> pl.DataFr
     mapped = distinct.with_columns(user=pl.Series(users, dtype=pl.String()))
     joined = frame.join(mapped, on=columns, how="left", nulls_equal=True, maintain_order="left")
     return replace_inside(joined, "request_id", old="user_id", new="user")
+
+
+@contextlib.contextmanager
+def no_values_in_errors(path: str) -> Iterator[None]:
+    """Keeps the words of foreign exceptions out of every log while rows still have raw ids.
+
+    Polars and Arrow quote values. What is raised instead says where it happened, and no more.
+
+    Raises:
+      RuntimeError: For anything but a `RaysysError`, which passes.
+    """
+    try:
+        yield
+    except RaysysError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames[-4:]))
+        raise RuntimeError(
+            f"{path}: {type(error).__name__} at {places}; its message is withheld, since it may "
+            "quote raw user ids"
+        ) from None
 
 
 def replace_inside(frame: pl.DataFrame, column: str, *, old: str, new: str) -> pl.DataFrame:

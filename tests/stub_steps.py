@@ -22,6 +22,7 @@ from raysys import update
 from raysys.config import Config, ModelConfig
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
+from raysys.ingest import pipeline
 from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path, histories_path
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
@@ -123,6 +124,18 @@ class Steps:
         root.put(paths[0], manifest.to_bytes())
         root.put(paths[1], report.encode())
         return hash_files(root, paths) | hash_state(root, manifest.state)
+
+
+def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:
+    """Has updates ingest for real, without Ray: the tasks of its graph are called in a row."""
+
+    def in_a_row(job: IngestJob, task: Callable[..., Any], rows: list[Any]) -> list[Any]:
+        return [task(row, job=job) for row in rows]
+
+    patch.setattr(update, "ingest", pipeline.ingest)
+    patch.setattr(pipeline, "_map", in_a_row)
+    patch.setattr(pipeline.ray, "put", lambda value: value)
+    patch.setattr(pipeline.ray, "get", lambda value: value)
 
 
 class Killed(BaseException):

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from raysys.config import IngestConfig, ModelConfig, TrainConfig
 from raysys.ingest.examples import HISTORY_SCHEMA, ShardResult, build_shard
 from raysys.ingest.features import DAY_S
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA
 from raysys.ingest.stats import ItemState, item_texts, release, upsert
 from raysys.ledger.records import PrivacySpend
 from raysys.model.scorer import Head
@@ -134,6 +135,7 @@ def shard(events: pl.DataFrame, *, seed: int = 0) -> ShardResult:
         window_start=WINDOW_START,
         config=INGEST,
         seed=seed,
+        held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA),
     )
 
 

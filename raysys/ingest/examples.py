@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from raysys.config import IngestConfig
 from raysys.ingest.bound import sample_per_group
 from raysys.ingest.features import NUM_FEATURES, IndexArray, ItemTable, UserHistory, features
-from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, draw_held_out
+from raysys.ingest.pseudonym import draw_held_out
 from raysys.ingest.sample import NegativeSampler, max_candidates
 
 NUM_ATTENDED = 32
@@ -39,9 +39,6 @@ HISTORY_SCHEMA = {
     "first_ts": pl.Float64(),
     "last_ts": pl.Float64(),
 }
-
-
-_NONE_DRAWN = pl.DataFrame(schema=HELD_OUT_SCHEMA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +142,7 @@ def build_shard(
     window_start: float,
     config: IngestConfig,
     seed: int,
-    held_out: pl.DataFrame = _NONE_DRAWN,
+    held_out: pl.DataFrame,
 ) -> ShardResult:
     """Builds examples, cases and the new histories of one shard.
 

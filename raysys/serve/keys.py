@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 
 from raysys.errors import MissingKeyError, RaysysError
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.serve.request_id import RequestIds, RequestTag
+
+READ_INTERVAL_S = 1.0
+"""Keys that are missing are looked for at most so often: whoever sends a bad request id causes it."""
 
 _logger = logging.getLogger(__name__)
 
@@ -42,31 +46,32 @@ class SignedTag:
 class Keys:
     """Threads may share it."""
 
-    def __init__(self, read: Callable[[], Pseudonymizer]) -> None:
+    def __init__(
+        self, read: Callable[[], Pseudonymizer], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Reads the keys.
 
         Raises:
           ConfigError: As `Pseudonymizer.from_config`.
         """
         self._read = read
+        self._clock = clock
         self._keys = _by_id(read())
+        self._read_at = clock()
         self._followed: str | None = None
 
     @property
     def current(self) -> Key:
-        """The key of the ledger's head state; the newest where there is none, or it is missing."""
-        return self._keys.get(self._followed or "") or next(reversed(self._keys.values()))
+        """The key that the ledger names; the newest there is, if it names none or one not here."""
+        return self._find(self._followed) or next(reversed(self._keys.values()))
 
     def follow(self, key_id: str | None) -> None:
-        """Goes over to the key that the ledger names, if this replica has it or gets it now."""
-        if key_id is None or key_id == self._followed:
-            return
-        try:
-            self.of(key_id)
-        except MissingKeyError as error:
-            _logger.warning("%s; until then it goes on with key %s", error, self.current.key_id)
+        """Goes over to the key that the ledger names, as soon as this replica has it."""
+        if key_id == self._followed:
             return
         self._followed = key_id
+        if key_id is not None and self._find(key_id) is None:
+            _logger.warning("%s; until then it uses %s", _missing(key_id), self.current.key_id)
 
     def of(self, key_id: str | None) -> Key:
         """Returns a key by its id, or the current one for None.
@@ -76,33 +81,55 @@ class Keys:
         """
         if key_id is None:
             return self.current
-        if key_id not in self._keys:
-            self._read_again()
-        if key_id not in self._keys:
-            raise MissingKeyError(
-                f"user key {key_id} is not among those of this replica ({', '.join(self._keys)}); "
-                "add it to the key file, or restart the replica with the new environment"
-            )
-        return self._keys[key_id]
+        key = self._find(key_id)
+        if key is None:
+            raise MissingKeyError(_missing(key_id))
+        return key
 
     def read_request_id(self, request_id: str) -> SignedTag | None:
         """Returns what a request id says, None if no key of this replica signed it."""
-        current = list(self._keys).index(self.current.key_id)
-        for place, key in reversed(list(enumerate(self._keys.values()))):
+        signed = self._verify(request_id)
+        if signed is None and self._read_again():
+            signed = self._verify(request_id)
+        return signed
+
+    def _verify(self, request_id: str) -> SignedTag | None:
+        current = self.current
+        keys = list(self._keys.values())
+        for place, key in reversed(list(enumerate(keys))):
             tag = key.request_ids.read(request_id)
             if tag is not None:
-                return SignedTag(tag=tag, key=key, is_outdated=place < current)
+                return SignedTag(tag=tag, key=key, is_outdated=place < keys.index(current))
         return None
 
-    def _read_again(self) -> None:
+    def _find(self, key_id: str | None) -> Key | None:
+        if key_id is not None and key_id not in self._keys:
+            self._read_again()
+        return self._keys.get(key_id or "")
+
+    def _read_again(self) -> bool:
+        """Looks for new keys, at most once a while; returns whether there are any."""
+        if self._clock() - self._read_at < READ_INTERVAL_S:
+            return False
+        self._read_at = self._clock()
         try:
             keys = _by_id(self._read())
         except RaysysError as error:
             _logger.warning("the user keys cannot be read again: %s", error)
-            return
+            return False
         # Keys are only ever added: a file without some of these is not the one that was followed.
-        if set(self._keys) <= set(keys):
-            self._keys = keys
+        if not self._keys.keys() < keys.keys():
+            return False
+        # Those that are known stay the same objects: a request may hold one.
+        self._keys = {**keys, **self._keys}
+        return True
+
+
+def _missing(key_id: str) -> str:
+    return (
+        f"user key {key_id} is not among those of this replica; add it to the key file, or restart "
+        "the replica with the new environment"
+    )
 
 
 def _by_id(newest: Pseudonymizer) -> dict[str, Key]:

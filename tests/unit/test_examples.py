@@ -35,6 +35,7 @@ from raysys.ingest.features import (
     UserHistory,
     features,
 )
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA
 from raysys.ingest.sample import max_candidates
 from tests.shop import (
     HALF_LIFE_S,
@@ -68,6 +69,7 @@ def build(
     config: IngestConfig | None = None,
     seed: int = 0,
     public: list[ItemTable] | None = None,
+    held_out: pl.DataFrame | None = None,
 ) -> ShardResult:
     return build_shard(
         outcomes(rows),
@@ -77,6 +79,7 @@ def build(
         window_start=window_start,
         config=config or ingest_config(),
         seed=seed,
+        held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA) if held_out is None else held_out,
     )
 
 
@@ -234,6 +237,16 @@ class TestExamples:
         assert result.examples.num_users == 2
         assert result.num_users == 3
         assert set(result.histories["user"]) == {ALICE, BOB, HELD_OUT}
+
+    def test_what_was_drawn_before_prevails_over_the_pseudonym(self) -> None:
+        """As after a rotation of the key, or of another fraction."""
+        drawn = pl.DataFrame({"user": [ALICE, HELD_OUT], "held_out": [True, False]})
+        result = build([outcome(who, 0, 1.0) for who in (ALICE, BOB, HELD_OUT)], held_out=drawn)
+        assert result.examples.num_users == 2
+        assert sorted(case.held_out for case in cases(result)) == [False, False, True]
+        after = dict(result.held_out.iter_rows())
+        assert after == {ALICE: True, BOB: False, HELD_OUT: False}
+        assert build([outcome(BOB, 0, 1.0)], held_out=drawn).held_out.equals(result.held_out)
 
     @given(
         bought=st.dictionaries(st.integers(0, 20), purchases, min_size=1, max_size=5),

@@ -19,10 +19,10 @@ from raysys.ledger.records import Record
 from raysys.rollout.view import RolloutView
 from raysys.serve.app import load_named
 from raysys.serve.keys import Keys
-from raysys.serve.request_id import RequestIds
+from raysys.serve.request_id import RequestIds, RequestTag
 from raysys.storage import Root
 from tests.fakes import ITEMS, FakeReplica, FakeVersion, load_fake
-from tests.helpers import committed, rollout, rotated, started
+from tests.helpers import FakeClock, committed, rollout, rotated, started
 
 FIRST, SECOND = b"0123456789abcdef", b"fedcba9876543210"
 OLD, NEW = Pseudonymizer(FIRST), Pseudonymizer(FIRST, SECOND)
@@ -190,8 +190,13 @@ class TestMissingKey:
         return tmp_path / "key"
 
     @pytest.fixture
-    def keys(self, file: Path) -> Keys:
-        return Keys(lambda: Pseudonymizer.from_config(PseudonymConfig(key_file=str(file))))
+    def clock(self) -> FakeClock:
+        return FakeClock()
+
+    @pytest.fixture
+    def keys(self, file: Path, clock: FakeClock) -> Keys:
+        config = PseudonymConfig(key_file=str(file))
+        return Keys(lambda: Pseudonymizer.from_config(config), clock=clock)
 
     def load(self, root: Root, keys: Keys, name: str = CANARY) -> Any:
         log = Log(root)
@@ -208,21 +213,46 @@ class TestMissingKey:
             self.load(local_root, keys)
 
     def test_it_is_as_soon_as_the_file_has_the_key(
-        self, local_root: Root, keys: Keys, file: Path
+        self, local_root: Root, keys: Keys, file: Path, clock: FakeClock
     ) -> None:
         keys.follow(NEW.key_id)
         assert keys.current.key_id == OLD.key_id
         file.write_bytes(FIRST + b"\n" + SECOND + b"\n")
+        clock.advance(1.0)
         assert self.load(local_root, keys).name == CANARY
+
+    def test_a_replica_that_got_the_key_late_goes_over_by_itself(
+        self, keys: Keys, file: Path, clock: FakeClock
+    ) -> None:
         keys.follow(NEW.key_id)
+        file.write_bytes(FIRST + b"\n" + SECOND + b"\n")
+        clock.advance(1.0)
         assert keys.current.key_id == NEW.key_id
+
+    def test_what_others_signed_already_is_read(
+        self, keys: Keys, file: Path, clock: FakeClock
+    ) -> None:
+        tag = RequestTag(
+            nonce="00ff00ff00ff00ff", answered_at=1.5, version=STABLE, surface="search",
+            pseudonym=NEW.pseudonym("alice"), has_user=True, rollout_id=None, arm="stable",
+            bucket=7,
+        )  # fmt: skip
+        request_id = RequestIds(SECOND).sign(tag)
+        clock.advance(1.0)
+        assert keys.read_request_id(request_id) is None
+        file.write_bytes(FIRST + b"\n" + SECOND + b"\n")
+        assert keys.read_request_id(request_id) is None  # bad ids do not make it read and read
+        clock.advance(1.0)
+        signed = keys.read_request_id(request_id)
+        assert signed is not None and signed.tag == tag and not signed.is_outdated
 
     @pytest.mark.parametrize("content", [b"", SECOND, SECOND + b"\n" + FIRST])
     def test_a_file_that_lost_a_key_is_not_taken(
-        self, keys: Keys, file: Path, content: bytes
+        self, keys: Keys, file: Path, clock: FakeClock, content: bytes
     ) -> None:
         file.write_bytes(content)
         for key_id in (NEW.key_id, Pseudonymizer(SECOND).key_id):
+            clock.advance(1.0)
             with pytest.raises(MissingKeyError):
                 keys.of(key_id)
         assert keys.of(OLD.key_id).chain == OLD
@@ -231,5 +261,5 @@ class TestMissingKey:
         self, keys: Keys, caplog: pytest.LogCaptureFixture
     ) -> None:
         keys.follow(NEW.key_id)
-        assert NEW.key_id in caplog.text and "goes on with key" in caplog.text
+        assert NEW.key_id in caplog.text and f"it uses {OLD.key_id}" in caplog.text
         assert FIRST.decode() not in caplog.text

@@ -19,7 +19,7 @@ from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.serve.request_id import RequestIds, RequestTag
 
 READ_INTERVAL_S = 1.0
-"""Keys that are missing are looked for at most so often: whoever sends a bad request id causes it."""
+"""Missing keys are looked for at most so often: whoever sends a bad request id has it done."""
 
 _logger = logging.getLogger(__name__)
 

@@ -107,7 +107,8 @@ class IngestConfig:
     num_uniform_negatives: int = 12
     """Negatives uniform over the catalogue."""
     holdout_fraction: float = 0.2
-    """Users, by hash, that are never trained on: before and after are compared on them."""
+    """Share of users that are never trained on: before and after are compared on them. A user is
+    drawn when first seen and stays what was drawn; another fraction is for new users."""
     max_history_items: int = 200
     """Distinct items kept in a user's history: the most recent ones."""
     max_items_per_user_period: int = 32

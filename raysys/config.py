@@ -36,6 +36,10 @@ _AT_LEAST_1: _Bound = (lambda value: value >= 1, ">= 1")
 _POSITIVE: _Bound = (lambda value: 0 < value < math.inf, "> 0")
 _FRACTION: _Bound = (lambda value: 0 < value < 1, "a fraction in (0, 1)")
 _OUTCOMES = frozenset({"click", "cart", "purchase"})
+_DEFAULTS = {
+    "event_type": ("impression", "click", "cart", "purchase"),
+    "surface": ("search", "recommend", "ads"),
+}
 
 
 def _check(config: object, section: str, bound: _Bound, *names: str) -> None:
@@ -62,21 +66,44 @@ class PseudonymConfig:
             )
 
 
+ChangeOutcome = Literal["fail", "quarantine", "reprocess"]
+"""What an update does about a partition that is not as it should be: refuse to start; leave it out,
+note that in the ledger and below `quarantine/`, and never ask again; or read it (again)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionConfig:
     """Which partitions an update reads, and what it does about changed ones."""
 
-    late_files: Literal["fail", "consume"] = "fail"
-    """New files in a partition that an earlier update consumed: refuse, or train on just those."""
-    rewritten_files: Literal["fail", "ignore"] = "fail"
-    """Consumed files whose size or etag changed: refuse, or keep what was trained on."""
+    late_files: ChangeOutcome = "fail"
+    """New files of the shop in a partition that an earlier update consumed. `quarantine` leaves
+    them out for good, `reprocess` trains on just these files. What replicas write is never late."""
+    rewritten_files: ChangeOutcome = "fail"
+    """Consumed files whose size or etag changed. `quarantine` keeps what was trained on,
+    `reprocess` reads the new content; events that were trained on already are not trained again."""
+    vanished_files: ChangeOutcome = "fail"
+    """Consumed files that are gone. `quarantine` notes each and keeps what was trained on. There is
+    no `reprocess`: what is gone cannot be read again."""
+    empty_partitions: ChangeOutcome = "fail"
+    """Closed partition folders without data. `quarantine` takes them for consumed, so what comes
+    there afterwards is late; `reprocess` looks at them again each time."""
+    check_back_days: int = 0
+    """Days that ended more than so many days before the watermark's are neither listed nor
+    compared, like Spark's maxFileAge. 0 lists and compares everything."""
     closed_after_s: float = 0.0
-    """A day is read only once it ended this long ago (UTC), so that its files are complete."""
+    """A day or hour is read only once it ended this long ago (UTC), so that it is complete."""
     max_partitions: int = 0
     """At most so many of the oldest new partitions an update; 0 reads all of them."""
 
     def __post_init__(self) -> None:
         _check(self, "partitions", _NOT_NEGATIVE, "closed_after_s", "max_partitions")
+        _check(self, "partitions", _NOT_NEGATIVE, "check_back_days")
+        _require(
+            self.vanished_files != "reprocess",
+            "partitions.vanished_files",
+            self.vanished_files,
+            "'fail' or 'quarantine' (what is gone cannot be read again)",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +118,56 @@ class LeaseConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SchemaConfig:
+    """What becomes of event columns and values that are not as the contract has them.
+
+    What is done is counted by column, in rows: `ingest.clean` names the counters.
+    """
+
+    added_columns: Literal["ignore", "rescue", "fail"] = "ignore"
+    """Columns that the contract does not know. ignore: they stay in the shop's files, unread.
+    rescue: their values are kept as JSON beside the update. fail: the file is quarantined."""
+    missing_columns: Literal["fail", "default"] = "fail"
+    """A file without a required column. fail: it is quarantined. default: `defaults` fills the
+    column; without a default the file is quarantined all the same. Optional ones become null."""
+    defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Value of each column, `event_type` or `surface`, that a file may lack."""
+    derive_event_id: bool = False
+    """Whether a file may lack `event_id`: it is then made of user, item, time, type and request,
+    so that rows that agree in all of these count once."""
+    wrong_values: Literal["quarantine", "default"] = "quarantine"
+    """A value that does not fit its column's type. quarantine: the row is. default: an optional
+    column's value becomes null; a required one's row is quarantined all the same."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.defaults.items():
+            known = _DEFAULTS.get(name)
+            _require(
+                known is not None,
+                "schema.defaults",
+                name,
+                f"a column out of {', '.join(_DEFAULTS)}",
+            )
+            assert known is not None
+            _require(value in known, f"schema.defaults.{name}", value, " or ".join(known))
+        _require(
+            not self.defaults or self.missing_columns == "default",
+            "schema.missing_columns",
+            self.missing_columns,
+            "'default', since schema.defaults is set",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class IngestConfig:
     """How events become examples, item statistics and user histories."""
 
     num_shards: int = 4
-    """User shards: the unit of parallel ingest, and of the data that a train worker owns."""
+    """User shards, at least: the unit of parallel ingest, and of what a train worker owns. An
+    update that reads much has a multiple of it, so that no task needs more memory than another."""
+    task_bytes: int = 16_000_000
+    """Bytes of event files that one task reads, and that one shard gets: small files are read
+    together."""
     max_examples_per_user: int = 4
     """A user's requests kept an update, chosen at random."""
     max_positives: int = 6
@@ -127,7 +199,7 @@ class IngestConfig:
     def __post_init__(self) -> None:
         _check(self, "ingest", _AT_LEAST_1, "num_shards", "max_examples_per_user", "max_positives")
         _check(self, "ingest", _AT_LEAST_1, "max_history_items", "max_items_per_user_period")
-        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives")
+        _check(self, "ingest", _AT_LEAST_1, "period_days", "num_uniform_negatives", "task_bytes")
         _check(self, "ingest", _NOT_NEGATIVE, "num_history_negatives", "num_popularity_negatives")
         _check(self, "ingest", _FRACTION, "holdout_fraction")
         _check(self, "ingest", _POSITIVE, "half_life_days")
@@ -138,6 +210,52 @@ class IngestConfig:
             gains,
             "positive gains for click, cart, purchase",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LabelConfig:
+    """How impressions get their labels from the outcomes that follow them."""
+
+    attribution_window_s: float = 86_400.0
+    """An outcome counts for an impression of the same user, request and item up to so long after
+    it. An impression is trained on once this has passed (label maturity)."""
+    late_window_s: float = 604_800.0
+    """For so long a trained request is remembered, so that an outcome which comes too late for it
+    is recognised, counted, and not trained on as if nothing had been shown."""
+    late_outcomes: Literal["count", "weight"] = "count"
+    """Count them only, or also weight outcomes that came in time for those that did not."""
+    late_fraction: float = 0.0
+    """Share of outcomes that come too late: outcomes in time weigh `1 / (1 - late_fraction)`. A
+    constant that you read off earlier reports: measured on the same data it would leak."""
+    positive_weight: float = 1.0
+    """Weight of a candidate with an outcome, in the loss."""
+    negative_keep_fraction: float = 1.0
+    """Share of the shown items without outcome that are kept, at random. The loss knows it, so
+    scores mean the same as without."""
+    positive_repeats: int = 1
+    """A request with an outcome stands so many times in the draw of a user's requests."""
+    decision_threshold: float = 0.5
+    """Probability from which a candidate is flagged, where a version decides (risk alerts)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "labels", _POSITIVE, "attribution_window_s", "positive_weight")
+        _check(self, "labels", _NOT_NEGATIVE, "late_window_s")
+        _check(self, "labels", _AT_LEAST_1, "positive_repeats")
+        _check(self, "labels", _FRACTION, "decision_threshold")
+        kept, late = self.negative_keep_fraction, self.late_fraction
+        _require(0 < kept <= 1, "labels.negative_keep_fraction", kept, "a fraction in (0, 1]")
+        _require(0 <= late < 1, "labels.late_fraction", late, "a fraction in [0, 1)")
+        _require(
+            late == 0 or self.late_outcomes == "weight",
+            "labels.late_fraction",
+            late,
+            "0, or labels.late_outcomes: weight",
+        )
+
+    @property
+    def in_time_weight(self) -> float:
+        """Weight of an outcome that came in time."""
+        return 1 / (1 - self.late_fraction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +291,9 @@ class TrainConfig:
     num_steps: int = 15
     bootstrap_num_steps: int = 40
     """Steps of the first update, which starts from a hand-set head."""
+    loss: Literal["listwise", "pointwise"] = "listwise"
+    """Softmax over a request's candidates, which needs an outcome, or a probability for each of
+    them, which learns from requests without one too."""
     learning_rate: float = 5e-4
     bootstrap_learning_rate: float = 1e-3
     requests_per_step: int = 1
@@ -291,7 +412,9 @@ class Config:
     pseudonyms: PseudonymConfig
     partitions: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
+    schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
     ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)

@@ -4,9 +4,10 @@
     ├── Terminal                      will fail again: change something first
     │   ├── ConfigError               a config value is unknown, missing or out of bounds
     │   ├── RootError                 the root cannot be reached, read or written as configured
-    │   ├── LedgerCorruptError        a record cannot be read
+    │   ├── LedgerCorruptError        a record is missing, torn, changed, or may not be there
+    │   ├── UnknownRecordError        the ledger has no record of that number
     │   ├── EmptyPlanError            there is nothing new to train on
-    │   ├── PartitionChangedError     a consumed partition was rewritten, or got late files
+    │   ├── PartitionChangedError     a partition is late, rewritten, vanished or empty
     │   ├── BudgetExhaustedError      the update would spend more privacy than is left
     │   ├── DataError                 no usable rows, or a column of the wrong kind
     │   ├── PrivacyError              a step would not have the guarantee that it reports
@@ -49,7 +50,11 @@ class RootError(Terminal):
 
 
 class LedgerCorruptError(Terminal):
-    """A ledger record cannot be read."""
+    """A ledger record is missing, torn, changed after it was written, or may not be there."""
+
+
+class UnknownRecordError(Terminal):
+    """The ledger has no record of that number."""
 
 
 class EmptyPlanError(Terminal):
@@ -57,7 +62,8 @@ class EmptyPlanError(Terminal):
 
 
 class PartitionChangedError(Terminal):
-    """A consumed partition was rewritten, or got late files."""
+    """A partition got late files, was rewritten or vanished after an update consumed it, or holds
+    no data, and the config says to fail then."""
 
 
 class BudgetExhaustedError(Terminal):

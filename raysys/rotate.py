@@ -4,8 +4,9 @@
     UpdateStarted of no partition -> LeaseRenewed* -> PseudonymsRotated
 
 Below `state/`, a column `user` of a parquet file is a pseudonym, and only such files are about
-users: they are translated, all others are copied. Nothing counts until the one record names the new
-state. Killed before that, it leaves a folder that the next update or rotation deletes.
+users: they are translated, all others are copied. The index of the events that an update read stays
+with that update: whoever reads it carries it forward. Nothing counts until the one record names the
+new state. Killed before that, it leaves a folder that the next update or rotation deletes.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from raysys.ingest.pseudonym import (
     replace_inside,
     user_shard,
 )
+from raysys.ingest.shards import shard_name
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import PseudonymsRotated, UpdateStarted
 from raysys.ledger.state import State
-from raysys.partitions.layout import HELD_OUT, state_folder
+from raysys.partitions.layout import HELD_OUT, SEEN, state_folder
 from raysys.partitions.orphans import delete_orphans
 from raysys.registry.store import hash_state, read_checked
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
-_SHARD_FILE = re.compile(r"(.*)/\d{4}\.parquet")
+_SHARD_FILE = re.compile(r"(.*)/\d{4}(?:-of-\d{4})?\.parquet")
 
 
 class _UpToDateError(Exception):
@@ -158,6 +160,8 @@ def read_state(root: Root, update_id: str, artifacts: Mapping[str, str]) -> Stat
     others: dict[str, bytes] = {}
     start = f"{state_folder(update_id)}/"
     for path in sorted(path for path in artifacts if path.startswith(start)):
+        if path.startswith(f"{start}{SEEN}/"):
+            continue
         data, name = read_checked(root, path, artifacts[path]), path.removeprefix(start)
         if name.endswith(".parquet") and "user" in pl.read_parquet_schema(io.BytesIO(data)):
             shard = _SHARD_FILE.fullmatch(name)
@@ -208,6 +212,6 @@ def state_bytes(files: StateFiles, num_shards: int) -> Iterator[tuple[str, bytes
             continue
         for shard in range(num_shards):
             yield (
-                f"{name}/{shard:04}.parquet",
+                f"{name}/{shard_name(shard, num_shards)}.parquet",
                 to_parquet(frame.filter(user_shard(num_shards) == shard)),
             )

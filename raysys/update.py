@@ -10,23 +10,24 @@ partitions and deletes its folders.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysys.config import Config
-from raysys.errors import DataError
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import privacy_statement, render_report
 from raysys.ingest.features import IndexArray
-from raysys.ingest.pipeline import Ingested, IngestJob, ingest, period_ends, read_items
-from raysys.ingest.pseudonym import Pseudonymizer, check_key
+from raysys.ingest.items import read_items
+from raysys.ingest.pipeline import Ingested, IngestJob, ingest
+from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
@@ -34,15 +35,17 @@ from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
-from raysys.partitions.discover import discover
-from raysys.partitions.layout import staging
+from raysys.partitions.changes import settle_without_rows
+from raysys.partitions.discover import EVERYTHING, PartitionRange
+from raysys.partitions.layout import label_order, partition_label, quarantine, staging
 from raysys.partitions.orphans import delete_orphans
-from raysys.partitions.plan import UpdatePlan, plan_update
+from raysys.partitions.plan import UpdatePlan
 from raysys.privacy.accounting import ACCOUNTANT
-from raysys.privacy.budget import check_reservation, spent_epsilon
+from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.plan import PrivacyPlan
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
+from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
 from raysys.train.trainer import TrainOutput, train
@@ -74,15 +77,18 @@ def run_update(
     config: Config,
     on_progress: Progress = lambda line: None,
     start_ray: Callable[[], None] = lambda: None,
+    within: PartitionRange = EVERYTHING,
 ) -> UpdateCommitted:
     """Runs one update and returns its commit record.
 
     Args:
       start_ray: Connects to a cluster, unless the caller has done so. Called once all that can be
         refused without one is: starting Ray takes seconds.
+      within: Which partitions it may look at.
 
     Raises:
       EmptyPlanError: Nothing is new.
+      PartitionChangedError: A partition is not as it should be, and the config says `fail`.
       BudgetExhaustedError: What privacy is left does not suffice. Nothing was read or written.
       LeaseHeldError: Another update is at work.
       RaysysError: As its subclass says. The partitions stay unconsumed.
@@ -94,29 +100,22 @@ def run_update(
     weights_sha256(resolve_encoder(config.model.encoder))
     log = Log(root)
     delete_orphans(root, log)
-    found, now = discover(root), time.time()
-
-    def plan_of(state: State) -> UpdatePlan:
-        return plan_update(found, state, config.partitions, now)
-
+    planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
 
-    def reserve(state: State) -> UpdateStarted:
-        return _reserve(state, plan_of(state), config, keys, owner)
+    def decide(state: State) -> UpdateStarted:
+        return reserve(state, planner.plan(state), config, keys=keys, owner=owner)
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
-        reserve(state)
-        _require_catalogue(root, plan_of(state))
+        decide(state)
+        _require_catalogue(root, planner.plan(state))
     start_ray()
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
-        started = lease.start(reserve)
-        state = log.refresh()
-        # A rollback since then may have moved the base: what was recorded holds.
-        plan = dataclasses.replace(
-            plan_of(state), base_version=started.base_version, base_state=started.base_state
-        )
+        started = lease.start(decide)
+        plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
+        state = log.refresh()
         delete_orphans(root, log)
         run = _Run(
             config=config, root=root, state=state, started=started, plan=plan,
@@ -131,59 +130,28 @@ def run_update(
 
 def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
     """Returns the mechanisms of an update, known before any of its data is read."""
-    train_config = config.train
-    first = plan.base_version is None
+    spend = planned_spend(config, plan)
     return PrivacyPlan.for_update(
-        config.privacy,
-        num_steps=train_config.bootstrap_num_steps if first else train_config.num_steps,
-        num_count_releases=len(period_ends(plan.partitions, config.ingest.period_days)),
-    )
-
-
-def _reserve(
-    state: State, plan: UpdatePlan, config: Config, keys: Pseudonymizer, owner: str
-) -> UpdateStarted:
-    """Decides, on the state that directly precedes the record, what the update takes."""
-    check_key(keys, state.user_key_id, config.root)
-    reserved = plan_privacy(config, plan).reserved
-    if reserved is not None:
-        check_reservation(state, reserved, config.privacy)
-    update_id = state.next_update_id()
-    digest = hashlib.sha256(f"{config.ingest.seed} {update_id}".encode()).digest()
-    return UpdateStarted(
-        update_id=update_id,
-        owner=owner,
-        lease_expires_at=time.time() + config.lease.duration_s,
-        partitions=plan.partitions,
-        item_files=plan.item_files,
-        base_version=plan.base_version,
-        base_state=plan.base_state,
-        config_hash=config.hash(),
-        user_key_id=keys.key_id,
-        seed=int.from_bytes(digest[:6]),
-        private=reserved is not None,
-        reserved=reserved,
+        config.privacy, num_steps=spend.num_steps, num_count_releases=spend.num_count_releases
     )
 
 
 def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
-    """Refuses a first update without items before privacy is reserved for it."""
-    if plan.base_state is not None:
-        return
-    rows, bad_files = read_items(root, plan.item_files)
-    if rows.is_empty():
-        reason = next(iter(bad_files.values()), "no item files")
-        raise DataError(
-            f"the catalogue is empty ({reason}): write item rows below items/dt=YYYY-MM-DD/ first"
-        )
+    check_catalogue(plan)
+    if plan.base_state is None:
+        rows, _, bad_files = read_items(root, plan.item_files)
+        if rows.is_empty():
+            check_catalogue(plan, next(iter(bad_files.values()), "no rows"))
 
 
 def _run(run: _Run) -> UpdateCommitted:
     ingested = _ingest(run)
+    run = _without_empty(run, ingested)
+    _list_set_aside(run, ingested)
     run.lease.check()
     texts, text_of_item = text_indexes(ingested.items)
     base, base_weights = _load_base(run)
-    trained = _train(run, base, base_weights, texts, text_of_item)
+    trained = _train(run, ingested, base, base_weights, texts, text_of_item)
     run.lease.check()
     comparison = compare(
         run.root,
@@ -193,7 +161,7 @@ def _run(run: _Run) -> UpdateCommitted:
         before=Weights(head=base, text=trained.text_before),
         after=Weights(head=trained.head, text=trained.text_after),
         config=run.config.evaluate,
-        num_shards=run.config.ingest.num_shards,
+        num_shards=ingested.num_shards,
     )
     decision = judge(comparison, run.config.gate)
     run.on_progress(f"gate {decision.verdict}: {decision.reason}")
@@ -212,21 +180,51 @@ def _ingest(run: _Run) -> Ingested:
     )
     job = IngestJob(
         root=run.root,
+        work=run.root,
         config=run.config,
         update_id=run.update_id,
         base_state=run.plan.base_state,
-        user_key_id=run.started.user_key_id,
         partitions=partitions,
+        read_before=updates_to_ask(run.state.committed, partitions),
+        user_key_id=run.started.user_key_id,
+        key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
     )
     ingested = ingest(job, run.plan.item_files)
+    if ingested.column_counts:
+        run.on_progress(f"columns: {_told(ingested.column_counts)}")
     for path, reason in ingested.quarantined_files.items():
         run.on_progress(f"quarantined file {path}: {reason}")
     run.on_progress(
         f"{ingested.num_rows:,} rows of {ingested.num_users:,} users became "
-        f"{ingested.num_examples:,} examples; rows: {ingested.row_counts}"
+        f"{ingested.num_examples:,} examples; rows: {_told(ingested.row_counts)}; impressions: "
+        f"{_told(ingested.label_counts['impressions'])}; outcomes: "
+        f"{_told(ingested.label_counts['outcomes'])}"
     )
     return ingested
+
+
+def _without_empty(run: _Run, ingested: Ingested) -> _Run:
+    """Decides about partitions that turned out to hold no rows, before anything is trained."""
+    kept, empty = settle_without_rows(
+        run.plan.partitions, ingested.without_rows, run.state, run.config.partitions
+    )
+    labels = [partition_label(partition.key) for partition in kept]
+    watermark = max([*labels, run.state.watermark or labels[0]], key=label_order)
+    plan = dataclasses.replace(
+        run.plan, partitions=kept, set_aside=(*run.plan.set_aside, *empty), watermark=watermark
+    )
+    return dataclasses.replace(run, plan=plan)
+
+
+def _list_set_aside(run: _Run, ingested: Ingested) -> None:
+    """Lists what the plan left out beside the files that could not be read."""
+    reasons = {aside.path: f"{aside.kind}: {aside.reason}" for aside in run.plan.set_aside}
+    for path, reason in reasons.items():
+        run.on_progress(f"set aside {path}: {reason}")
+    if reasons:
+        listed = json.dumps({**ingested.quarantined_files, **reasons}, indent=1, sort_keys=True)
+        run.root.put(f"{quarantine(run.update_id)}/files.json", listed.encode())
 
 
 def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
@@ -238,6 +236,7 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
 
 def _train(
     run: _Run,
+    ingested: Ingested,
     base: Head,
     base_weights: VersionWeights | None,
     texts: list[str],
@@ -259,9 +258,7 @@ def _train(
         text_of_item=text_of_item,
         seed=run.started.seed,
     )
-    return train(
-        job, texts, root=run.root, update_id=run.update_id, num_shards=config.ingest.num_shards
-    )
+    return train(job, texts, root=run.root, update_id=run.update_id, num_shards=ingested.num_shards)
 
 
 def _publish(
@@ -312,6 +309,8 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "base version": run.plan.base_version or "none: a head set by hand",
             "partitions": f"{partitions[0].key} to {partitions[-1].key} ({len(partitions)})",
             "rows": ingested.row_counts,
+            "impressions": ingested.label_counts["impressions"],
+            "outcomes": ingested.label_counts["outcomes"],
             "users": ingested.num_users,
             "steps": run.privacy.spend.num_steps,
         },
@@ -337,10 +336,14 @@ def _record(
         base_version=run.plan.base_version,
         partitions=run.plan.partitions,
         item_files=run.plan.item_files,
+        set_aside=run.plan.set_aside,
         watermark=run.plan.watermark,
         num_rows=ingested.num_rows,
         num_users=ingested.num_users,
         row_counts=ingested.row_counts,
+        column_counts=ingested.column_counts,
+        label_counts=ingested.label_counts,
+        example_hashes=ingested.example_hashes,
         quarantined_files=ingested.quarantined_files,
         artifacts=artifacts,
         metrics=_without_nan(dataclasses.asdict(comparison)),
@@ -351,6 +354,11 @@ def _record(
         seconds=round(time.monotonic() - run.began, 3),
         user_key_id=run.started.user_key_id,
     )
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    """Names what there was; the record also says what was looked for and not found."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none"
 
 
 def _without_nan(value: Any) -> Any:

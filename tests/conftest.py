@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -17,7 +18,18 @@ from pathlib import Path
 import pytest
 
 from raysys.storage import Root
+from raysys.storage.patience import Patience
+from tests.faulty_s3 import FaultyS3
 
+QUICK = Patience(
+    connect_timeout_s=5.0, read_timeout_s=5.0, first_delay_s=0.005, max_delay_s=0.02,
+    give_up_after_s=30.0,
+)  # fmt: skip
+"""Asks again at once, and for longer than any test breaks the store."""
+HASTY = dataclasses.replace(QUICK, read_timeout_s=0.05)
+"""The same where the store is silent. It may ask twice also where the store is only slow."""
+IMPATIENT = dataclasses.replace(HASTY, give_up_after_s=0.04)
+"""Asks a store that answers at once about five times, and a silent one once."""
 BUCKET = "raysys-test"
 SERVE_S3 = """
 import os, sys, threading
@@ -62,6 +74,27 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
         return Root((tmp_path / "root").as_uri())
     bucket: str = request.getfixturevalue("s3_root")
     return Root(f"{bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="session")
+def _faulty_s3(s3_root: str) -> Iterator[FaultyS3]:
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_s3(_faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """A healthy way to the S3 server, for this test's clients and children, that can be broken."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _faulty_s3.endpoint)
+    _faulty_s3.forget()
+    yield _faulty_s3
+    _faulty_s3.heal()
+
+
+@pytest.fixture
+def faulty_root(faulty_s3: FaultyS3, s3_root: str) -> Root:
+    """An empty root on S3, reached through `faulty_s3`."""
+    return Root(f"{s3_root}/{uuid.uuid4().hex}", QUICK)
 
 
 @pytest.fixture

@@ -19,8 +19,12 @@ from raysys.ledger.records import (
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
+    decode,
+    encode,
 )
 from raysys.ledger.state import State
+from raysys.partitions.discover import Discovered
+from raysys.partitions.plan import watermark_after
 from raysys.storage import Root
 
 SPEND = PrivacySpend(
@@ -32,9 +36,9 @@ SPEND = PrivacySpend(
 )
 
 
-def partition(day: str, *names: str, etag: str = "e") -> PartitionRef:
-    """A partition of a day, `2017-03-01`, with files of these names."""
-    key = f"events/dt={day}"
+def partition(label: str, *names: str, etag: str = "e") -> PartitionRef:
+    """A partition of a day, `2017-03-01`, or hour, `2017-03-01T05`, with files of these names."""
+    key = f"events/dt={label.replace('T', '/hour=')}"
     files = tuple(
         FileRef(path=f"{key}/{name}", size_bytes=1, etag=etag) for name in names or ("a.parquet",)
     )
@@ -43,6 +47,17 @@ def partition(day: str, *names: str, etag: str = "e") -> PartitionRef:
 
 def item_file(name: str = "items.parquet", etag: str = "e") -> FileRef:
     return FileRef(path=f"items/{name}", size_bytes=1, etag=etag)
+
+
+def found(*partitions: PartitionRef, items: tuple[FileRef, ...] = ()) -> Discovered:
+    """What a listing of a root finds."""
+    return Discovered(root_uri="file:///shop", partitions=partitions, item_files=items)
+
+
+def consumed(*partitions: PartitionRef, items: tuple[FileRef, ...] = (), **changes: Any) -> State:
+    """The state after one update that read these; `changes` are of its commit."""
+    first = started(partitions=partitions, item_files=items)
+    return folded(first, committed(first, **changes))
 
 
 def started(update_id: str = "u0001-aaaaaa", **changes: Any) -> UpdateStarted:
@@ -78,7 +93,6 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
     start = start or started()
     if "version" in changes and changes["version"] is None:
         changes = {"verdict": "held", "reason": "the gate held it back", **changes}
-    days = [p.key.rpartition("=")[2] for p in start.partitions]
     record = UpdateCommitted(
         update_id=start.update_id,
         owner=start.owner,
@@ -88,7 +102,7 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         base_version=start.base_version,
         partitions=start.partitions,
         item_files=start.item_files,
-        watermark=max(days, default="2017-03-01"),
+        watermark=watermark_after(start.partitions, start.set_aside, "2017-03-01"),
         num_rows=1,
         num_users=1,
         row_counts={"used": 1},
@@ -101,6 +115,7 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         spent=start.reserved,
         seconds=1.0,
         user_key_id=start.user_key_id,
+        set_aside=start.set_aside,
     )
     return dataclasses.replace(record, **changes)
 
@@ -142,6 +157,24 @@ def entries(records: Iterable[Record], *, first: int = 1, at: float = 0.0) -> li
     return [Entry(sequence=first + i, at=at + i, record=record) for i, record in enumerate(records)]
 
 
+def stored(
+    records: Iterable[Record], *, first: int = 1, prev: str = "", at: float = 0.0
+) -> dict[str, bytes]:
+    """Path -> bytes of the records in their places, each with the hash of the one before it."""
+    found: dict[str, bytes] = {}
+    for entry in entries(records, first=first, at=at):
+        data = encode(dataclasses.replace(entry, prev=prev))
+        found[f"ledger/{entry.sequence:020d}.json"] = data
+        prev = decode(data, sequence=entry.sequence).hash
+    return found
+
+
+def write_records(root: Root, records: Iterable[Record]) -> None:
+    """Writes a ledger of these records, faster than by appending them."""
+    for path, data in stored(records).items():
+        root.put(path, data)
+
+
 def folded(*records: Record) -> State:
     """The state after these records."""
     state = State()
@@ -151,12 +184,19 @@ def folded(*records: Record) -> State:
 
 
 def file_uses(commits: Sequence[UpdateCommitted]) -> dict[str, list[str]]:
-    """Path of each consumed event file -> the updates that consumed it. Exactly-once: one each."""
+    """Each consumed content -> the updates that consumed it. Exactly-once means one each.
+
+    It is named by the path, and a later content of the same path by size and etag as well.
+    """
+    first: dict[str, str] = {}
     uses: dict[str, list[str]] = {}
     for commit in commits:
         for part in commit.partitions:
             for file in part.files:
-                uses.setdefault(file.path, []).append(commit.update_id)
+                is_first = first.setdefault(file.path, file.content) == file.content
+                uses.setdefault(file.path if is_first else file.content, []).append(
+                    commit.update_id
+                )
     return uses
 
 

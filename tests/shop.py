@@ -10,21 +10,16 @@ import numpy as np
 import polars as pl
 
 from raysys.config import IngestConfig
-from raysys.ingest.examples import HISTORY_SCHEMA
 from raysys.ingest.features import DAY_S, ItemTable
+from raysys.ingest.history import HISTORY_SCHEMA
+from raysys.ingest.labels import IMPRESSION_SCHEMA, OUTCOME_SCHEMA
+from raysys.ingest.stats import Timeline
 
 HALF_LIFE_S = 28 * DAY_S
-OUTCOME_SCHEMA = {
-    "user": pl.String(),
-    "item": pl.UInt32(),
-    "ts": pl.Float64(),
-    "event_id": pl.String(),
-    "weight": pl.Float64(),
-    "gain": pl.Float64(),
-    "request_id": pl.String(),
-    "query": pl.String(),
-    "period": pl.Int64(),
+SHOWN_SCHEMA = {
+    name: dtype for name, dtype in IMPRESSION_SCHEMA.items() if name not in ("popularity", "trend")
 }
+"""What ingest reads of an impression; what was public is added to it."""
 
 
 def user(number: int, *, held_out: bool = False) -> str:
@@ -48,12 +43,35 @@ def outcome(who: str, item: int, ts: float, **changes: Any) -> dict[str, Any]:
     own = f"{who[:8]}@{ts:g}"
     return {
         "user": who, "item": item, "ts": float(ts), "event_id": f"{own}-{item}", "weight": 1.0,
-        "gain": 3.0, "request_id": own, "query": None, "period": 0, **changes,
+        "gain": 3.0, "request_id": own, "query": None, **changes,
     }  # fmt: skip
 
 
 def outcomes(rows: Iterable[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(list(rows), schema=OUTCOME_SCHEMA, orient="row")
+
+
+def impression(who: str, item: int, ts: float, **changes: Any) -> dict[str, Any]:
+    """An item shown at `ts` seconds in request `r` unless `request_id` is given."""
+    return {
+        "user": who, "item": item, "ts": float(ts), "request_id": "r", "query": None,
+        "position": 1 + item, **changes,
+    }  # fmt: skip
+
+
+def impressions(rows: Iterable[dict[str, Any]] = ()) -> pl.DataFrame:
+    return pl.DataFrame(list(rows), schema=SHOWN_SCHEMA, orient="row")
+
+
+def timeline(tables: Sequence[ItemTable], ends: Sequence[float]) -> Timeline:
+    """What was public in each period, and last what is after them."""
+    return Timeline(
+        after=tables[-1],
+        ends=tuple(ends),
+        as_of=np.array([table.as_of for table in tables[:-1]]),
+        popularity=np.stack([table.popularity for table in tables[:-1]]),
+        trend=np.stack([table.trend for table in tables[:-1]]),
+    )
 
 
 def no_histories() -> pl.DataFrame:

@@ -1,7 +1,6 @@
-"""`run_update` with its heavy steps replaced, and a kill before any chosen change on disk.
+"""`run_update` with its heavy steps replaced.
 
     Steps(monkeypatch).update(config) -> UpdateCommitted    (milliseconds, no Ray, no torch work)
-    kill_before(change, action)                             (leaves the disk as kill -9 does)
 
 Plan, reservation, lease, gate, commit and clean-up are the real ones, and the replaced steps write
 objects in the places where the real ones do.
@@ -9,10 +8,8 @@ objects in the places where the real ones do.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,8 @@ from raysys.config import Config, ModelConfig
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
 from raysys.ingest import pipeline
-from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path, histories_path
+from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path
+from raysys.ingest.shard_state import shard_path
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted
@@ -43,7 +41,7 @@ _TEXTS = np.zeros((8, 2), np.float32)
 
 
 class Steps:
-    """The replaced steps. Time passes between updates, so that a dead one's lease has expired."""
+    """The replaced steps. Waiting for a dead one's lease takes no time."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.clock = FakeClock()
@@ -56,14 +54,19 @@ class Steps:
         patch.setattr(budget, "epsilon", lambda spends, delta: 0.01 * len(spends))
 
     def update(self, config: Config) -> UpdateCommitted:
-        """Runs one update, long after whatever ran before."""
-        self.clock.advance(3600.0)
+        """Runs one update."""
         return update.run_update(config)
 
     def lease(self, log: Log, **settings: Any) -> Lease:
-        lease = self.lease_class(log, clock=self.clock, sleep=self.clock.sleep, **settings)
+        lease = self.lease_class(
+            log, clock=self.clock, monotonic=self.clock, sleep=self.wait, **settings
+        )
         self.leases.append(lease)
         return lease
+
+    def wait(self, seconds: float) -> None:
+        """Waits longer than any lease at once, not many times a second."""
+        self.clock.advance(3600.0)
 
     def ingest(self, job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
         name = job.update_id
@@ -76,11 +79,13 @@ class Steps:
         job.root.put(f"{state_folder(name)}/items.parquet", name.encode())
         job.root.put(examples_path(name, 0), b"examples")
         job.root.put(cases_path(name, 0), b"cases")
-        job.root.put(histories_path(name, 0), name.encode())
+        job.root.put(shard_path(name, "histories", 0, 2), name.encode())
         table = item_table()
         return Ingested(
-            num_rows=1, num_users=1, num_examples=1, row_counts={"outcome": 1},
-            quarantined_files={}, items=table, items_before=table,
+            num_rows=1, num_users=1, num_examples=1, num_shards=2, row_counts={"outcome": 1},
+            column_counts={}, example_hashes={},
+            label_counts={"impressions": {}, "outcomes": {"without_impression": 1}},
+            quarantined_files={}, without_rows=frozenset(), items=table, items_before=table,
         )  # fmt: skip
 
     def encode_new_texts(self, root: Root, config: ModelConfig, texts: list[str]) -> int:
@@ -129,65 +134,10 @@ class Steps:
 def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:
     """Has updates ingest for real, without Ray: the tasks of its graph are called in a row."""
 
-    def in_a_row(job: IngestJob, task: Callable[..., Any], rows: list[Any]) -> list[Any]:
-        return [task(row, job=job) for row in rows]
+    def in_a_row(job: IngestJob, task: Callable[..., Any], rows: list[Any]) -> Iterator[Any]:
+        yield from (json.loads(json.dumps(task(row, job=job))) for row in rows)
 
     patch.setattr(update, "ingest", pipeline.ingest)
     patch.setattr(pipeline, "_map", in_a_row)
     patch.setattr(pipeline.ray, "put", lambda value: value)
     patch.setattr(pipeline.ray, "get", lambda value: value)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no handler of ours catches it, and nothing changes the disk after it."""
-
-
-class _Victim:
-    """Counts what the thread that made it changes on disk, and dies before the chosen change."""
-
-    def __init__(self, dies_before: int | None) -> None:
-        self.num_changes = 0
-        self.is_dead = False
-        self._dies_before = dies_before
-        self._thread = threading.get_ident()
-
-    def change(self) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        self.is_dead = self.is_dead or self.num_changes == self._dies_before
-        if self.is_dead:
-            raise Killed
-        self.num_changes += 1
-
-
-_victim: _Victim | None = None
-_is_hooked = False
-_CHANGES = {"os.link", "os.symlink", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-
-
-def _on_audit(event: str, args: tuple[Any, ...]) -> None:
-    if _victim is None:
-        return
-    opens_to_write = event == "open" and args[2] & os.O_ACCMODE != os.O_RDONLY
-    if event in _CHANGES or opens_to_write:
-        _victim.change()
-
-
-def kill_before(change: int | None, action: Callable[[], object]) -> int:
-    """Runs `action`, which dies before it makes change number `change`; returns how many it made.
-
-    Python tells its audit hooks of each file that it is about to create, link, rename or delete, so
-    no change of the disk is missed, whichever code makes it.
-    """
-    global _victim, _is_hooked
-    if not _is_hooked:
-        sys.addaudithook(_on_audit)
-        _is_hooked = True
-    victim = _victim = _Victim(change)
-    try:
-        action()
-    except Killed:
-        assert victim.is_dead
-    finally:
-        _victim = None
-    return victim.num_changes

@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from raysys.config import IngestConfig, ModelConfig, TrainConfig
-from raysys.ingest.examples import HISTORY_SCHEMA, ShardResult, build_shard
+from raysys.config import IngestConfig, LabelConfig, ModelConfig, TrainConfig
+from raysys.ingest.examples import ShardResult, ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S
-from raysys.ingest.pseudonym import HELD_OUT_SCHEMA
-from raysys.ingest.stats import ItemState, item_texts, release, upsert
+from raysys.ingest.labels import OUTCOME_SCHEMA
+from raysys.ingest.stats import ItemState, Timeline, item_texts, release, upsert
 from raysys.ledger.records import PrivacySpend
 from raysys.model.scorer import Head
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.loop import TrainJob
+from tests.shop import impressions
 
 NUM_ITEMS, NUM_CATEGORIES, NUM_DAYS = 40, 4, 4
 DAY_0 = 1000 * DAY_S
@@ -94,7 +96,8 @@ def item_states() -> list[ItemState]:
     """The state before the only period of the shop, and the one after it."""
     before = upsert(ItemState.empty(HALF_LIFE_S), catalogue())
     counts = np.random.default_rng(5).normal(20.0, 8.0, (1, NUM_ITEMS))
-    return release(before, counts, [DAY_0 + NUM_DAYS * DAY_S], noise_std=1.0)
+    end = DAY_0 + NUM_DAYS * DAY_S
+    return release(before, counts, [Period(end=end, num_days=NUM_DAYS)], noise_std=1.0)
 
 
 def outcomes(num_users: int, *, seed: int = 0, query: str | None = None) -> pl.DataFrame:
@@ -119,24 +122,20 @@ def outcomes(num_users: int, *, seed: int = 0, query: str | None = None) -> pl.D
     constant = {
         "weight": pl.lit(1.0),
         "gain": pl.lit(3.0),
-        "period": pl.lit(0, pl.Int64),
         "query": pl.lit(query, pl.String),
     }
-    return pl.DataFrame(rows).with_columns(**constant)
+    frame = pl.DataFrame(rows).with_columns(**constant)
+    return frame.select(pl.col(name).cast(dtype) for name, dtype in OUTCOME_SCHEMA.items())
 
 
 def shard(events: pl.DataFrame, *, seed: int = 0) -> ShardResult:
     """Examples, cases and histories of these events."""
-    return build_shard(
-        events,
-        pl.DataFrame(schema=HISTORY_SCHEMA),
-        histories_as_of=0.0,
-        tables=[state.table() for state in item_states()],
-        window_start=WINDOW_START,
-        config=INGEST,
-        seed=seed,
-        held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA),
-    )
+    timeline = Timeline.of(item_states(), [DAY_0 + NUM_DAYS * DAY_S])
+    settings = ShardSettings(
+        timeline=timeline, window_start=WINDOW_START, horizon=timeline.after.as_of, ingest=INGEST,
+        labels=LabelConfig(), needs_outcome=True, seed=seed,
+    )  # fmt: skip
+    return build_shard(events, impressions(), ShardState.nothing(), settings)
 
 
 def random_head(*, hidden_units: int = 8, seed: int = 0) -> Head:

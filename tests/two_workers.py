@@ -47,7 +47,8 @@ def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
     noisy = tiny_shop.plan(noise_multiplier=2.0, l2_clip_norm=3.0)
     nobody = torch.zeros(0, NUM_COORDINATES)
     quiet = tiny_shop.plan(noise_multiplier=0.0)
-    sampler = tiny_shop.plan(sampling_prob=SAMPLING_PROB, num_steps=NUM_STEPS).sampler(NUM_USERS)
+    sampled = tiny_shop.plan(sampling_prob=SAMPLING_PROB, num_steps=NUM_STEPS)
+    sampler = sampled.sampler(NUM_USERS, sampled.rng(0, rank))
     masks = np.zeros((NUM_STEPS, NUM_USERS), np.float32)
     for mask, users in zip(masks, sampler, strict=True):
         mask[users] = 1

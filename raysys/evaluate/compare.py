@@ -28,7 +28,8 @@ from raysys.evaluate.metrics import (
     bootstrap_mean,
     ranking_metrics,
 )
-from raysys.ingest.examples import NUM_ATTENDED, Case, read_cases
+from raysys.ingest.cases import Case, read_cases
+from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import FloatArray, IndexArray, ItemTable, features
 from raysys.ingest.pipeline import cases_path
 from raysys.model.scorer import Head, head_inputs, pool_history

@@ -1,6 +1,6 @@
 """Bounds what one user can change: item counts of a period, and requests of an update.
 
-    clean events -> bounded_counts() -> (P, N) sums over users -> + Gaussian noise -> public
+    clean events -> bounded_counts() -> sums over users, (P, N) -> + Gaussian noise -> public
 
 A user adds at most 1 to each of at most `max_items` counts of a period, so leaving the user out
 moves the period's counts by at most sqrt(max_items) in L2 norm (`count_l2_sensitivity`). That holds
@@ -21,15 +21,8 @@ def count_l2_sensitivity(max_items: int) -> float:
     return math.sqrt(max_items)
 
 
-def bounded_counts(
-    events: pl.DataFrame,
-    *,
-    num_periods: int,
-    num_items: int,
-    max_items: int,
-    seed: int,
-) -> NDArray[np.float64]:
-    """Returns in how many users' bounded baskets each item is, (num_periods, num_items).
+def bounded_counts(events: pl.DataFrame, *, max_items: int, seed: int) -> pl.DataFrame:
+    """Returns in how many users' bounded baskets each item is: `period`, `item`, `count`.
 
     Args:
       events: Columns `user`, `item` (index) and `period`, of any number of users.
@@ -38,9 +31,8 @@ def bounded_counts(
     """
     distinct = events.select("user", "period", "item").unique(maintain_order=True)
     kept = sample_per_group(distinct, ["user", "period"], ["item"], max_items, seed=seed)
-    counts = np.zeros((num_periods, num_items), np.float64)
-    np.add.at(counts, (kept["period"].to_numpy(), kept["item"].to_numpy()), 1.0)
-    return counts
+    counts = kept.group_by("period", "item").agg(count=pl.len().cast(pl.Float64))
+    return counts.sort("period", "item")
 
 
 def sample_per_group(

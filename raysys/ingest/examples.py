@@ -1,123 +1,93 @@
-"""Training examples and evaluation cases of one user shard, and its histories afterwards.
+"""Training examples of one user shard, its evaluation cases, and its state afterwards.
 
-    bounded events of a shard + histories before -> build_shard() -> ShardResult
+    new events of a shard + ShardState before -> build_shard() -> ShardResult
         examples   what a train worker reads: requests of users who are not held out
         cases      what evaluation reads: each user's window, seen from its beginning
-        histories  the shard's state after the update
+        state      what the next update starts from
 
 Everything about a request is as of that request: the user's own events strictly before it, and
-the item statistics that were public when its period began.
+the item statistics that were public when its period began, also where the request is trained on in
+a later update than the one that read it.
 
-Shape suffixes: E = examples, K = candidates (padded with -1), F = features, A = history items that
-stand for the user's taste (padded with -1), H = distinct items of a history.
+Shape suffix: K = candidates.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from raysys.config import IngestConfig
+from raysys.config import IngestConfig, LabelConfig
 from raysys.ingest.bound import sample_per_group
-from raysys.ingest.features import NUM_FEATURES, IndexArray, ItemTable, UserHistory, features
-from raysys.ingest.pseudonym import draw_held_out
+from raysys.ingest.cases import build_cases, strongest
+from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
+from raysys.ingest.features import Published, UserHistory, features
+from raysys.ingest.history import HISTORY_SCHEMA, Histories, merge_histories
+from raysys.ingest.labels import (
+    IMPRESSION_SCHEMA,
+    OUTCOME_SCHEMA,
+    REQUEST,
+    Labelled,
+    Waiting,
+    label,
+)
+from raysys.ingest.periods import period_of
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, draw_held_out
 from raysys.ingest.sample import NegativeSampler, max_candidates
-
-NUM_ATTENDED = 32
-HISTORY_SCHEMA = {
-    "user": pl.String(),
-    "item": pl.Int32(),
-    "count": pl.Float64(),
-    "decayed": pl.Float64(),
-    "first_ts": pl.Float64(),
-    "last_ts": pl.Float64(),
-}
+from raysys.ingest.stats import Timeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ExampleSet:
-    """Examples sorted by user, as arrays."""
+class ShardState:
+    """What one update leaves to the next about a shard's users."""
 
-    user: IndexArray
-    """(E,) 0, 1, … within the shard, ascending: who the users are does not leave ingest."""
-    candidates: IndexArray
-    """(E, K) item indexes."""
-    gains: NDArray[np.float32]
-    """(E, K)."""
-    log_q: NDArray[np.float32]
-    """(E, K)."""
-    features: NDArray[np.float32]
-    """(E, K, F)."""
-    attended: IndexArray
-    """(E, A) item indexes."""
-    attention: NDArray[np.float32]
-    """(E, A)."""
-    queries: list[str]
-    """(E,) empty where the request had none."""
-
-    @property
-    def num_users(self) -> int:
-        """Distinct users."""
-        return int(self.user[-1]) + 1 if len(self.user) else 0
-
-    def to_bytes(self) -> bytes:
-        """Returns an Arrow IPC file."""
-        columns: dict[str, pa.Array] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "queries":
-                columns[field.name] = pa.array(value, pa.string())
-            elif value.ndim == 1:
-                columns[field.name] = pa.array(value)
-            else:
-                width = int(np.prod(value.shape[1:]))
-                columns[field.name] = pa.FixedSizeListArray.from_arrays(value.ravel(), width)
-        table = pa.table(columns)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        return bytes(sink.getvalue())
+    histories: pl.DataFrame
+    """HISTORY_SCHEMA, decayed to `as_of`, without the outcomes in `waiting.recent`."""
+    waiting: Waiting
+    held_out: pl.DataFrame
+    """HELD_OUT_SCHEMA: every draw that was made so far."""
+    as_of: float
+    """UNIX seconds."""
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ExampleSet:
-        """Reads what `to_bytes` wrote."""
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all().combine_chunks()
-        num = table.num_rows
-
-        def array(name: str, *shape: int) -> Any:
-            column = table[name].chunk(0) if num else pa.array([], table.schema.field(name).type)
-            flat = column.flatten() if shape else column
-            return flat.to_numpy(zero_copy_only=False).reshape(num, *shape)
-
-        width = table.schema.field("candidates").type.list_size
+    def nothing(cls) -> ShardState:
+        """The state before the first update."""
         return cls(
-            user=array("user"),
-            candidates=array("candidates", width),
-            gains=array("gains", width),
-            log_q=array("log_q", width),
-            features=array("features", width, NUM_FEATURES),
-            attended=array("attended", NUM_ATTENDED),
-            attention=array("attention", NUM_ATTENDED),
-            queries=table["queries"].to_pylist(),
+            histories=pl.DataFrame(schema=HISTORY_SCHEMA),
+            waiting=Waiting.nothing(),
+            held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA),
+            as_of=0.0,
         )
+
+    @property
+    def users(self) -> pl.Series:
+        """Whom it is about, each any number of times."""
+        waiting = self.waiting
+        frames = (self.histories, waiting.impressions, waiting.recent, waiting.closed)
+        return pl.concat([frame["user"] for frame in frames])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One user's evaluation window, seen from its beginning."""
+class ShardSettings:
+    """What is the same for all shards of an update."""
 
-    held_out: bool
-    history: UserHistory
-    positives: IndexArray
-    gains: NDArray[np.float32]
-    now: float
+    timeline: Timeline
+    """The item statistics public in each period of the update, and those after it."""
+    window_start: float
+    """UNIX seconds at which the evaluation window begins."""
+    horizon: float
+    """UNIX seconds up to which all is known: the end of the newest partition."""
+    ingest: IngestConfig
+    labels: LabelConfig
+    needs_outcome: bool
+    """Whether the loss learns nothing from a request without an outcome."""
+    seed: int
+    """Of caps and negatives. Each request draws by itself: removing a user changes nobody else's
+    examples, even for whoever knows the seed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,268 +96,222 @@ class ShardResult:
 
     examples: ExampleSet
     cases: pl.DataFrame
-    histories: pl.DataFrame
-    held_out: pl.DataFrame
-    """Every draw that was made so far."""
+    state: ShardState
     num_users: int
     """Users with an outcome in this update."""
+    impressions: dict[str, int]
+    """Where the impressions went: `labels.IMPRESSION_FATES`."""
+    outcomes: dict[str, int]
+    """Where the outcomes went: `labels.OUTCOME_FATES`."""
 
 
 def build_shard(
-    events: pl.DataFrame,
-    histories: pl.DataFrame,
-    *,
-    histories_as_of: float,
-    tables: Sequence[ItemTable],
-    window_start: float,
-    config: IngestConfig,
-    seed: int,
-    held_out: pl.DataFrame,
+    outcomes: pl.DataFrame, impressions: pl.DataFrame, before: ShardState, settings: ShardSettings
 ) -> ShardResult:
-    """Builds examples, cases and the new histories of one shard.
+    """Builds examples, cases and the new state of one shard.
 
     Args:
-      events: Outcomes: `user`, `item` (index), `ts`, `weight` in (0, 1], `gain`, `request_id`,
-        `query`, `period`.
-      histories: HISTORY_SCHEMA, as of `histories_as_of`.
-      tables: The item statistics public in each period, and last the ones after the update.
-      window_start: UNIX seconds at which the evaluation window begins.
-      seed: Of caps and negatives. Each request draws by itself: removing a user changes nobody
-        else's examples, even for whoever knows the seed.
-      held_out: HELD_OUT_SCHEMA, the draws of earlier updates.
+      outcomes: The update's own, as `outcomes.split_events` gives them.
+      impressions: The same; without `popularity` and `trend`.
     """
-    seen = pl.concat([histories["user"], events["user"]])
-    held_out = draw_held_out(seen, held_out, config.holdout_fraction)
-    events = events.join(held_out, on="user", how="left")
-    events = events.sort("user", "ts", "event_id", "item")
-    lookup = _Histories(
-        events,
-        histories,
-        as_of=histories_as_of,
-        half_life_s=tables[-1].half_life_s,
-        max_items=config.max_history_items,
+    outcomes = outcomes.sort("user", "ts", "event_id", "item")
+    shown = _publish(impressions.sort("user", "ts", "request_id", "item"), settings.timeline)
+    labelled = label(
+        shown,
+        outcomes.select(list(OUTCOME_SCHEMA)),
+        before.waiting,
+        before.histories,
+        horizon=settings.horizon,
+        config=settings.labels,
     )
-    foreseeable = _after_history(events, histories)
+    seen = pl.concat([before.users, outcomes["user"], shown["user"]])
+    held_out = draw_held_out(seen, before.held_out, settings.ingest.holdout_fraction)
+    requests = _requests(labelled, held_out, settings)
+    window = _after_history(outcomes, before.histories)
+    lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
     return ShardResult(
-        examples=_examples(foreseeable, lookup, tables, config, seed),
-        cases=_cases(foreseeable, lookup, window_start),
-        histories=merge_histories(
-            histories,
-            events,
-            histories_as_of=histories_as_of,
-            as_of=tables[-1].as_of,
-            half_life_s=tables[-1].half_life_s,
-            max_items=config.max_history_items,
-        ),
-        held_out=held_out,
-        num_users=events["user"].n_unique(),
+        examples=_examples(requests, lookup, settings),
+        cases=build_cases(window, lookup, settings.window_start, held_out),
+        state=_state_after(before, labelled, held_out, settings),
+        num_users=outcomes["user"].n_unique(),
+        impressions=labelled.impressions,
+        outcomes=labelled.outcomes,
     )
 
 
-def merge_histories(
-    histories: pl.DataFrame,
-    events: pl.DataFrame,
-    *,
-    histories_as_of: float,
-    as_of: float,
-    half_life_s: float,
-    max_items: int,
-) -> pl.DataFrame:
-    """Returns every user's history after the events, at most `max_items` recent items a user."""
-    old_decay = float(np.exp2(-(as_of - histories_as_of) / half_life_s)) if len(histories) else 1.0
-    new_decay = (2.0 ** (-(as_of - pl.col("ts")) / half_life_s)) * pl.col("weight")
-    new = events.select(
-        "user",
-        pl.col("item").cast(pl.Int32),
-        pl.col("weight").alias("count"),
-        new_decay.alias("decayed"),
-        pl.col("ts").alias("first_ts"),
-        pl.col("ts").alias("last_ts"),
-    )
-    old = histories.with_columns(pl.col("decayed") * old_decay)
-    merged = (
-        pl.concat([old.select(list(HISTORY_SCHEMA)), new])
-        .group_by("user", "item")
-        .agg(pl.col("count", "decayed").sum(), pl.col("first_ts").min(), pl.col("last_ts").max())
-    )
-    recent = merged.sort(["user", "last_ts", "item"], descending=[False, True, False])
-    kept = recent.group_by("user", maintain_order=True).head(max_items)
-    return kept.select(list(HISTORY_SCHEMA)).sort("user", "item")
+def _publish(impressions: pl.DataFrame, timeline: Timeline) -> pl.DataFrame:
+    """Adds what was public of each item when it was shown."""
+    ts = impressions["ts"].to_numpy()
+    period = period_of(ts, timeline.ends)
+    published = timeline.published(period, impressions["item"].to_numpy(), ts)
+    return impressions.with_columns(
+        pl.Series("popularity", published.popularity, pl.Float32()),
+        pl.Series("trend", published.trend, pl.Float32()),
+    ).select(list(IMPRESSION_SCHEMA))
 
 
-def history_slices(frame: pl.DataFrame, as_of: float) -> dict[str, UserHistory]:
-    """Returns the history of each user in a frame of HISTORY_SCHEMA sorted by user and item."""
-    columns = {name: frame[name].to_numpy() for name in list(HISTORY_SCHEMA)[1:]}
-    return {
-        user: UserHistory(
-            items=columns["item"][part], count=columns["count"][part],
-            decayed=columns["decayed"][part], first_ts=columns["first_ts"][part],
-            last_ts=columns["last_ts"][part], as_of=as_of,
-        )
-        for user, part in _parts(frame["user"])
-    }  # fmt: skip
-
-
-def _after_history(events: pl.DataFrame, histories: pl.DataFrame) -> pl.DataFrame:
+def _after_history(outcomes: pl.DataFrame, histories: pl.DataFrame) -> pl.DataFrame:
     """Drops late events: a history that holds what followed them would give them away."""
     last = histories.group_by("user").agg(pl.col("last_ts").max().alias("_last"))
-    joined = events.join(last, on="user", how="left", maintain_order="left")
+    joined = outcomes.join(last, on="user", how="left", maintain_order="left")
     late = (pl.col("ts") <= pl.col("_last")).fill_null(False)
     return joined.filter(~late).drop("_last")
 
 
-class _Histories:
-    """Histories of a shard's users as of any moment of the update."""
-
-    def __init__(
-        self,
-        events: pl.DataFrame,
-        histories: pl.DataFrame,
-        *,
-        as_of: float,
-        half_life_s: float,
-        max_items: int,
-    ) -> None:
-        self._before = history_slices(histories.sort("user", "item"), as_of)
-        self._parts = dict(_parts(events["user"]))
-        self._items = events["item"].cast(pl.Int32).to_numpy()
-        self._ts = events["ts"].to_numpy()
-        self._weight = events["weight"].to_numpy()
-        self._half_life_s = half_life_s
-        self._max_items = max_items
-
-    def at(self, user: str, now: float) -> UserHistory:
-        """Returns what the user did strictly before `now`, cut as a replica's history is."""
-        before = self._before.get(user) or UserHistory.empty()
-        part = self._parts[user]
-        num_new = int(np.searchsorted(self._ts[part], now, side="left"))
-        new = slice(part.start, part.start + num_new)
-        extended = before.extend(
-            self._items[new], self._ts[new], self._weight[new],
-            as_of=now, half_life_s=self._half_life_s,
-        )  # fmt: skip
-        return extended.most_recent(self._max_items)
-
-
-def _examples(
-    events: pl.DataFrame,
-    lookup: _Histories,
-    tables: Sequence[ItemTable],
-    config: IngestConfig,
-    seed: int,
-) -> ExampleSet:
-    trained = events.filter(~pl.col("held_out"))
-    requests = trained.group_by("user", "request_id", maintain_order=True).agg(
-        pl.col("ts", "period").min(), pl.col("query").drop_nulls().first(), pl.col("item", "gain")
+def _lookup(
+    outcomes: pl.DataFrame, before: ShardState, users: pl.Series, settings: ShardSettings
+) -> Histories:
+    columns = ["user", "item", "ts", "weight", "event_id"]
+    events = pl.concat([before.waiting.recent.select(columns), outcomes.select(columns)])
+    return Histories(
+        events.sort("user", "ts", "event_id", "item"),
+        before.histories.join(users.unique().to_frame(), on="user", how="semi"),
+        as_of=before.as_of,
+        half_life_s=settings.timeline.after.half_life_s,
+        max_items=settings.ingest.max_history_items,
     )
-    most = config.max_examples_per_user
-    kept = sample_per_group(requests, ["user"], ["request_id"], most, seed=seed).sort(
-        "user", "ts", "request_id"
+
+
+def _state_after(
+    before: ShardState, labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings
+) -> ShardState:
+    after = settings.timeline.after
+    histories = merge_histories(
+        before.histories,
+        labelled.settled,
+        histories_as_of=before.as_of,
+        as_of=after.as_of,
+        half_life_s=after.half_life_s,
+        max_items=settings.ingest.max_history_items,
     )
-    samplers = [NegativeSampler.from_popularity(t.popularity, config) for t in tables[:-1]]
-    width = max_candidates(config)
-    out = _empty_examples(len(kept), width)
-    out.user[:] = kept["user"].rle_id().to_numpy()
-    for row, request in enumerate(kept.iter_rows(named=True)):
-        table, sampler = tables[request["period"]], samplers[request["period"]]
-        rng = np.random.default_rng([seed, *f"{request['user']} {request['request_id']}".encode()])
-        _fill_example(out, row, request, lookup, table, sampler, rng)
+    return ShardState(
+        histories=histories, waiting=labelled.waiting, held_out=held_out, as_of=after.as_of
+    )
+
+
+def _requests(labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings) -> pl.DataFrame:
+    """Returns what is trained on: a row a request, at most `max_examples_per_user` a user."""
+    shown = labelled.mature.group_by(REQUEST, maintain_order=True).agg(
+        pl.col("ts").min(),
+        pl.col("query").drop_nulls().first(),
+        pl.col("item", "gain", "position", "popularity", "trend"),
+        shown=pl.lit(True),
+    )
+    unshown = labelled.unshown.group_by(REQUEST, maintain_order=True).agg(
+        pl.col("ts").min(),
+        pl.col("query").drop_nulls().first(),
+        pl.col("item", "gain"),
+        shown=pl.lit(False),
+    )
+    requests = pl.concat([shown, unshown], how="diagonal")
+    in_training = held_out.filter(~pl.col("held_out"))
+    trained = requests.join(in_training, on="user", how="semi", maintain_order="left").with_columns(
+        _positive=pl.col("gain").list.max() > 0
+    )
+    if settings.needs_outcome:
+        trained = trained.filter("_positive")
+    repeats = pl.when("_positive").then(settings.labels.positive_repeats).otherwise(1)
+    drawn = trained.with_columns(copy=pl.int_ranges(repeats)).explode("copy").drop("_positive")
+    most = settings.ingest.max_examples_per_user
+    kept = sample_per_group(drawn, ["user"], ["request_id", "copy"], most, seed=settings.seed)
+    return kept.sort("user", "ts", "request_id", "copy")
+
+
+def _examples(requests: pl.DataFrame, lookup: Histories, settings: ShardSettings) -> ExampleSet:
+    timeline = settings.timeline
+    out = ExampleSet.empty(len(requests), max_candidates(settings.ingest))
+    out.user[:] = requests["user"].rle_id().to_numpy()
+    periods = period_of(requests["ts"].to_numpy(), timeline.ends)
+    samplers = {
+        period: NegativeSampler.from_popularity(timeline.at(period).popularity, settings.ingest)
+        for period in set(periods.tolist())
+    }
+    for row, request in enumerate(requests.iter_rows(named=True)):
+        key = f"{request['user']} {request['request_id']} {request['copy'] or ''}".rstrip()
+        rng = np.random.default_rng([settings.seed, *key.encode()])
+        history = lookup.at(request["user"], request["ts"])
+        if request["shown"]:
+            _fill_shown(out, row, request, history, settings, rng)
+        else:
+            period = int(periods[row])
+            _fill_sampled(out, row, request, history, samplers[period], period, settings, rng)
+        attended, attention = history.attention(NUM_ATTENDED)
+        out.attended[row, : len(attended)] = attended
+        out.attention[row, : len(attention)] = attention
+        out.queries[row] = request["query"] or ""
     return out
 
 
-def _fill_example(
+def _fill_shown(
     out: ExampleSet,
     row: int,
     request: dict[str, Any],
-    lookup: _Histories,
-    table: ItemTable,
-    sampler: NegativeSampler,
+    history: UserHistory,
+    settings: ShardSettings,
     rng: np.random.Generator,
 ) -> None:
-    history = lookup.at(request["user"], request["ts"])
-    chosen, gains = _strongest(request["item"], request["gain"])
+    """Candidates are what was shown: items with an outcome, and a share of the others."""
+    gains = np.asarray(request["gain"], np.float32)
+    keep, log_q = _keep_shown(gains, settings, out.candidates.shape[1], rng)
+    num = len(keep)
+    candidates = np.asarray(request["item"], np.int32)[keep]
+    published = Published(
+        popularity=np.asarray(request["popularity"], np.float32)[keep],
+        trend=np.asarray(request["trend"], np.float32)[keep],
+    )
+    labels = settings.labels
+    in_time = labels.positive_weight * labels.in_time_weight
+    out.candidates[row, :num] = candidates
+    out.gains[row, :num] = gains[keep]
+    out.weight[row, :num] = np.where(gains[keep] > 0, in_time, 1.0)
+    out.log_q[row, :num] = log_q
+    positions = [position or 0 for position in request["position"]]
+    out.position[row, :num] = np.asarray(positions, np.int32)[keep]
+    out.features[row, :num] = features(
+        history, settings.timeline.after, candidates, now=request["ts"], published=published
+    )
+
+
+def _keep_shown(
+    gains: NDArray[np.float32], settings: ShardSettings, width: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], float]:
+    """Returns which shown items become candidates, positives first, and log q of the others.
+
+    All candidates get the same log q: given that a set was kept, each of its items is as likely to
+    have been kept with the others, so a softmax needs no correction, and a probability only the
+    common offset.
+    """
+    positives, negatives = np.flatnonzero(gains > 0), np.flatnonzero(gains == 0)
+    positives = rng.permutation(positives)[: settings.ingest.max_positives]
+    share = settings.labels.negative_keep_fraction
+    drawn = rng.permutation(negatives[rng.random(len(negatives)) < share])
+    room = width - len(positives)
+    if len(drawn) > room:
+        share *= room / len(drawn)
+    keep = np.concatenate([np.sort(positives), np.sort(drawn[:room])])
+    return keep, float(np.log(share))
+
+
+def _fill_sampled(
+    out: ExampleSet,
+    row: int,
+    request: dict[str, Any],
+    history: UserHistory,
+    sampler: NegativeSampler,
+    period: int,
+    settings: ShardSettings,
+    rng: np.random.Generator,
+) -> None:
+    """Candidates are the items with an outcome, and sampled ones: nobody knows what was shown."""
+    chosen, gains = strongest(request["item"], request["gain"])
     keep = rng.permutation(len(chosen))[: sampler.config.max_positives]
     candidates, log_q = sampler.candidates(chosen[keep], chosen, history.items, rng)
     num = len(candidates)
     out.candidates[row, :num] = candidates
     out.gains[row, : len(keep)] = gains[keep]
+    out.weight[row, :num] = 1.0
+    out.weight[row, : len(keep)] = settings.labels.positive_weight
     out.log_q[row, :num] = log_q
-    out.features[row, :num] = features(history, table, candidates, now=request["ts"])
-    attended, attention = history.attention(NUM_ATTENDED)
-    out.attended[row, : len(attended)] = attended
-    out.attention[row, : len(attention)] = attention
-    out.queries[row] = request["query"] or ""
-
-
-def _empty_examples(num: int, width: int) -> ExampleSet:
-    return ExampleSet(
-        user=np.zeros(num, np.int32),
-        candidates=np.full((num, width), -1, np.int32),
-        gains=np.zeros((num, width), np.float32),
-        log_q=np.zeros((num, width), np.float32),
-        features=np.zeros((num, width, NUM_FEATURES), np.float32),
-        attended=np.full((num, NUM_ATTENDED), -1, np.int32),
-        attention=np.zeros((num, NUM_ATTENDED), np.float32),
-        queries=[""] * num,
+    out.features[row, :num] = features(
+        history, settings.timeline.at(period), candidates, now=request["ts"]
     )
-
-
-def _strongest(
-    items: Sequence[int], gains: Sequence[float]
-) -> tuple[IndexArray, NDArray[np.float32]]:
-    """Returns a request's distinct items, each with its largest gain."""
-    distinct, place = np.unique(np.asarray(items, np.int32), return_inverse=True)
-    best = np.zeros(len(distinct), np.float32)
-    np.maximum.at(best, place, np.asarray(gains, np.float32))
-    return distinct, best
-
-
-CASE_SCHEMA = {
-    "held_out": pl.Boolean(),
-    "now": pl.Float64(),
-    "positives": pl.List(pl.Int32()),
-    "gains": pl.List(pl.Float32()),
-    **{
-        name: pl.List(pl.Int32() if name == "items" else pl.Float64())
-        for name in ("items", "count", "decayed", "first_ts", "last_ts")
-    },
-}
-
-
-def _cases(events: pl.DataFrame, lookup: _Histories, window_start: float) -> pl.DataFrame:
-    window = events.filter(pl.col("ts") >= window_start)
-    users = window.group_by("user", maintain_order=True).agg(
-        pl.col("item", "gain"), pl.col("held_out").first()
-    )
-    rows = []
-    for user in users.iter_rows(named=True):
-        history = lookup.at(user["user"], window_start)
-        positives, gains = _strongest(user["item"], user["gain"])
-        columns = {name: getattr(history, name).tolist() for name in list(CASE_SCHEMA)[4:]}
-        chosen = {"positives": positives.tolist(), "gains": gains.tolist()}
-        rows.append({"held_out": user["held_out"], "now": window_start, **chosen, **columns})
-    return pl.DataFrame(rows, schema=CASE_SCHEMA)
-
-
-def read_cases(data: bytes) -> Iterator[Case]:
-    """Reads the cases of one shard from their parquet bytes."""
-    for row in pl.read_parquet(io.BytesIO(data)).iter_rows(named=True):
-        history = UserHistory(
-            items=np.array(row["items"], np.int32),
-            as_of=row["now"],
-            **{name: np.array(row[name], np.float64) for name in list(CASE_SCHEMA)[5:]},
-        )
-        yield Case(
-            held_out=row["held_out"], history=history, now=row["now"],
-            positives=np.array(row["positives"], np.int32),
-            gains=np.array(row["gains"], np.float32),
-        )  # fmt: skip
-
-
-def _parts(users: pl.Series) -> Iterator[tuple[str, slice]]:
-    """Yields each user of a sorted column with the rows that are theirs."""
-    start = 0
-    lengths = users.rle()
-    for run in lengths.struct.unnest().iter_rows(named=True):
-        yield run["value"], slice(start, start + run["len"])
-        start += run["len"]

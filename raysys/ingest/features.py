@@ -125,26 +125,53 @@ class ItemTable:
     """(N,) log ratio of the newest period to the average, in [-1, 1]; 0 where unknown."""
     as_of: float
     half_life_s: float
-    _index: dict[str, int] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._index.update({item_id: i for i, item_id in enumerate(self.ids)})
+    _index: dict[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def index_of(self, item_id: str) -> int | None:
         """Returns the item's index, None if the catalogue has no such item."""
-        return self._index.get(item_id)
+        return self._lookup().get(item_id)
 
     def indexes_of(self, item_ids: Sequence[str]) -> IndexArray:
         """Returns the indexes of those items that the catalogue has."""
-        found = (self._index.get(item_id) for item_id in item_ids)
+        lookup = self._lookup()
+        found = (lookup.get(item_id) for item_id in item_ids)
         return np.array([i for i in found if i is not None], np.int32)
+
+    def published(self, items: IndexArray, now: float | NDArray[np.float64]) -> Published:
+        """Returns what is public of these items at `now`, UNIX seconds."""
+        elapsed = np.maximum(now - self.as_of, 0)
+        popularity = self.popularity[items] * _decay(elapsed, self.half_life_s)
+        return Published(popularity=popularity.astype(np.float32), trend=self.trend[items])
+
+    def _lookup(self) -> dict[str, int]:
+        # Made on first use: most tables of an update never look an id up.
+        if self._index is None:
+            made = {item_id: i for i, item_id in enumerate(self.ids)}
+            object.__setattr__(self, "_index", made)
+            return made
+        return self._index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """Item statistics as of one request: they change, so what waits for its label keeps them."""
+
+    popularity: FloatArray
+    """(K,) decayed to the request."""
+    trend: FloatArray
+    """(K,)."""
 
 
 def features(
-    history: UserHistory, items: ItemTable, candidates: IndexArray, *, now: float
+    history: UserHistory,
+    items: ItemTable,
+    candidates: IndexArray,
+    *,
+    now: float,
+    published: Published | None = None,
 ) -> FloatArray:
     """Returns `FEATURE_NAMES` for each candidate, (K, NUM_FEATURES).
 
@@ -152,18 +179,20 @@ def features(
       history: The user's events before `now`.
       candidates: (K,) indexes into `items`.
       now: UNIX seconds of the request.
+      published: What was public at `now`, where `items` is of another time.
     """
     out = np.zeros((len(candidates), NUM_FEATURES), np.float32)
-    _item_features(out, items, candidates, now)
+    _item_features(out, items, candidates, published or items.published(candidates, now))
     if len(history.items):
         _own_features(out, history, items, candidates, now)
     return out
 
 
-def _item_features(out: FloatArray, items: ItemTable, candidates: IndexArray, now: float) -> None:
-    popularity = items.popularity[candidates] * _decay(max(now - items.as_of, 0), items.half_life_s)
-    out[:, 8] = np.log1p(popularity) / 4
-    out[:, 9] = items.trend[candidates]
+def _item_features(
+    out: FloatArray, items: ItemTable, candidates: IndexArray, published: Published
+) -> None:
+    out[:, 8] = np.log1p(published.popularity) / 4
+    out[:, 9] = published.trend
     price = items.price[candidates]
     known = np.isfinite(price) & (price > 0)
     out[:, 10] = np.where(known, np.log1p(np.where(known, price, 0)) / 4, 0)

@@ -1,6 +1,6 @@
-"""Turns one user shard's clean rows into outcomes: known items, each event once, with its gain.
+"""Splits one user shard's clean rows into outcomes and impressions of known items, each once.
 
-    clean rows -> find_outcomes() -> (outcomes, where the other rows went)
+    clean rows -> split_events() -> (outcomes, impressions, where the other rows went)
 
 Pure Polars: the shard's task calls it before counts are bounded and examples are built.
 """
@@ -9,51 +9,66 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+
+from raysys.ingest.labels import IMPRESSION_SCHEMA, OUTCOME_SCHEMA
+from raysys.ingest.periods import period_of
+
+EVENT_FATES = ("seen_before", "duplicate", "unknown_item", "impression", "outcome", "without_gain")
+"""Where a clean row goes."""
 
 
-def find_outcomes(
+def split_events(
     rows: pl.DataFrame,
     *,
+    seen: pl.DataFrame,
     item_ids: Sequence[str],
     gains: Mapping[str, float],
     ends: Sequence[float],
-) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Returns the outcomes, and where every row went; the counts add up to the rows.
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+    """Returns outcomes, impressions, and where every row went; the counts add up to the rows.
 
     An event is told by its user and `event_id`: with the id alone, one user's rows could replace
     another's, which neither cap nor clipping bounds.
 
     Args:
       rows: `ingest.clean.CLEAN_COLUMNS`.
+      seen: `user` and `event_id` of events that earlier updates read.
       item_ids: The catalogue, in the order of the item indexes.
       gains: Gain of each event type that is an outcome.
       ends: (P,) UNIX seconds at which the periods end.
 
     Returns:
-      The rows plus `item` (index), `gain`, `weight` in (0, 1] and `period`.
+      OUTCOME_SCHEMA and `period`; IMPRESSION_SCHEMA without what was public; EVENT_FATES.
     """
-    distinct = rows.unique(["user", "event_id"], keep="first", maintain_order=True)
-    catalogue = pl.DataFrame({"item_id": item_ids}, schema={"item_id": pl.String})
-    index = catalogue.with_row_index("item")
-    known = distinct.join(index, on="item_id", how="inner", maintain_order="left")
-    outcomes = known.filter(pl.col("event_type").is_in(list(gains))).with_columns(
-        gain=pl.col("event_type").replace_strict(gains, default=0.0, return_dtype=pl.Float64)
+    new = rows.join(seen, on=["user", "event_id"], how="anti", maintain_order="left")
+    distinct = new.unique(["user", "event_id"], keep="first", maintain_order=True)
+    index = pl.DataFrame({"item_id": item_ids}, schema={"item_id": pl.String}).with_row_index(
+        "item"
     )
-    outcomes = outcomes.with_columns(
-        pl.Series("period", period_of(outcomes["ts"].to_numpy(), ends)),
-        weight=pl.col("gain") / max(gains.values()),
+    known = distinct.join(index, on="item_id", how="inner", maintain_order="left").with_columns(
+        pl.col("item").cast(pl.Int32)
     )
-    return outcomes, {
-        "duplicate": len(rows) - len(distinct),
+    impressions = known.filter(pl.col("event_type") == "impression")
+    outcomes = _outcomes(known, gains)
+    fates = {
+        "seen_before": len(rows) - len(new),
+        "duplicate": len(new) - len(distinct),
         "unknown_item": len(distinct) - len(known),
-        "impression": len(known) - len(outcomes),
+        "impression": len(impressions),
         "outcome": len(outcomes),
+        "without_gain": len(known) - len(impressions) - len(outcomes),
     }
+    shown = [name for name in IMPRESSION_SCHEMA if name in impressions.columns]
+    period = pl.Series("period", period_of(outcomes["ts"].to_numpy(), ends))
+    return (
+        outcomes.select(list(OUTCOME_SCHEMA)).with_columns(period),
+        impressions.select(shown),
+        fates,
+    )
 
 
-def period_of(ts: NDArray[np.float64], ends: Sequence[float]) -> NDArray[np.int64]:
-    """Returns the period of each time, (len(ts),): the first and last one are open outwards."""
-    return np.searchsorted(np.array(ends[:-1]), ts, side="right").astype(np.int64)
+def _outcomes(known: pl.DataFrame, gains: Mapping[str, float]) -> pl.DataFrame:
+    outcomes = known.filter(pl.col("event_type").is_in(list(gains)))
+    gain = pl.col("event_type").replace_strict(gains, default=0.0, return_dtype=pl.Float64)
+    return outcomes.with_columns(gain=gain, weight=gain / max(gains.values()))

@@ -1,24 +1,25 @@
 """The Ray Data graph of one update: partitions in, user shards of examples out.
 
-    partitions --map--> clean rows split by user shard            (one task a partition)
-    shards ----map--> deduplicated outcomes, bounded item counts  (one task a shard)
-    sum over shards + noise -> released item statistics           (driver)
-    shards ----map--> examples, evaluation cases, new histories   (one task a shard)
+    files ----map--> clean rows, a batch a shard                   (tasks of about `task_bytes`)
+    shards ---map--> each event once; bounded item counts          (one task a shard)
+    sum over shards + noise -> released item statistics            (driver)
+    shards ---map--> labels, examples, cases, the shard's state    (one task a shard)
 
-Work is laid out by partition, then by user shard, and Polars computes inside the tasks: Ray
-spreads and streams it and shuffles nothing (measured 25 times faster than a shuffle join). The
-split by shard goes through `staging/<update_id>/`. A retried task writes the same objects again.
+Work is laid out by files, then by user shard, and Polars computes inside the tasks: Ray spreads and
+streams it and shuffles nothing through its object store (measured 25 times faster than a shuffle
+join). The split by shard goes through `staging/<update_id>/`. A retried task writes the same
+objects again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
+import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,30 +27,38 @@ import polars as pl
 import ray
 from numpy.typing import NDArray
 
+from raysys import errors
 from raysys.config import Config
-from raysys.errors import DataError
+from raysys.errors import DataError, RaysysError
 from raysys.ingest.bound import bounded_counts, count_l2_sensitivity, noise_counts
-from raysys.ingest.clean import (
-    CLEAN_COLUMNS,
-    clean_events,
-    conform,
-    name_columns,
-    read_parquet_file,
-    select_as,
-)
-from raysys.ingest.examples import HISTORY_SCHEMA, build_shard
+from raysys.ingest.clean import CLEAN_SCHEMA
+from raysys.ingest.clean_task import clean_task
+from raysys.ingest.examples import ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S, ItemTable
-from raysys.ingest.outcomes import find_outcomes, period_of
-from raysys.ingest.pseudonym import (
-    HELD_OUT_SCHEMA,
-    Pseudonymizer,
-    no_values_in_errors,
-    user_shard,
+from raysys.ingest.items import read_items
+from raysys.ingest.outcomes import split_events
+from raysys.ingest.periods import period_of
+from raysys.ingest.pseudonym import Pseudonymizer, carry_forward, replace_inside, user_shard
+from raysys.ingest.seen import SEEN_SCHEMA, days_of, read_seen, seen_bytes
+from raysys.ingest.shard_state import (
+    load_shard_state,
+    save_history_settings,
+    save_shard_state,
+    seen_paths,
+    shard_path,
 )
-from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
+from raysys.ingest.shards import group_files, num_shards_for, read_shard, shard_name
+from raysys.ingest.stats import (
+    ItemState,
+    Timeline,
+    load_item_state,
+    release,
+    save_item_state,
+    upsert,
+)
 from raysys.ledger.records import FileRef, PartitionRef
-from raysys.partitions.layout import HELD_OUT, partition_date, quarantine, staging, state_folder
-from raysys.partitions.schema import ITEM_SCHEMA
+from raysys.partitions.layout import SEEN, quarantine, staging, state_folder
+from raysys.partitions.periods import Period, periods_of, window_start
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -59,27 +68,41 @@ class IngestJob:
     """What the tasks of one update need to know. Travels into every task."""
 
     root: Root
+    """Where events, items and earlier states are read."""
+    work: Root
+    """Where everything is written: the root itself, or a folder of its own for a replay."""
     config: Config
     update_id: str
     base_state: str | None
-    user_key_id: str
-    """The key of the pseudonyms to be made: a later one may be given while the update runs."""
     partitions: tuple[PartitionRef, ...]
+    read_before: tuple[str, ...]
+    """Earlier updates that may have read the same events: `seen.updates_to_ask`."""
+    user_key_id: str
+    """The key of the pseudonyms to be made."""
+    key_ids: Mapping[str, str]
+    """Earlier update -> the key of the pseudonyms in its state."""
     seed: int
     """Of caps and negatives, so that a retried task makes the same."""
 
     @property
+    def num_shards(self) -> int:
+        """User shards of this update."""
+        return num_shards_for(self.partitions, self.config.ingest)
+
+    @property
+    def periods(self) -> list[Period]:
+        """The periods whose item counts are released."""
+        return periods_of(self.partitions, self.config.ingest.period_days)
+
+    @property
     def period_ends(self) -> list[float]:
-        """UNIX seconds at which the periods end whose item counts are released."""
-        return period_ends(self.partitions, self.config.ingest.period_days)
+        """UNIX seconds at which the periods end."""
+        return [period.end for period in self.periods]
 
     @property
     def window_start(self) -> float:
         """UNIX seconds at which the evaluation window begins."""
-        dates = [partition_date(p.key) for p in self.partitions]
-        window = datetime.timedelta(days=self.config.evaluate.window_days - 1)
-        first = max(min(dates), max(dates) - window)
-        return _midnight(first)
+        return window_start(self.partitions, self.config.evaluate.window_days)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,196 +112,228 @@ class Ingested:
     num_rows: int
     num_users: int
     num_examples: int
+    num_shards: int
     row_counts: dict[str, int]
     """Where every row went; the values add up to `num_rows`."""
+    column_counts: dict[str, int]
+    """Rows by what happened to a column, for example `cast:price`; of item files `items:cast:…`."""
+    label_counts: dict[str, dict[str, int]]
+    """`impressions` and `outcomes`, the rows that waited included: where each of them went."""
+    example_hashes: dict[str, str]
+    """Path of each shard's examples -> sha256, by which a replay is checked."""
     quarantined_files: dict[str, str]
+    without_rows: frozenset[str]
+    """Keys of partitions whose files hold no rows at all."""
     items: ItemTable
     """The item statistics after the update."""
     items_before: ItemTable
     """What was public when the evaluation window began."""
 
 
-def ingest(job: IngestJob, item_files: Iterable[FileRef]) -> Ingested:
+def ingest(
+    job: IngestJob,
+    item_files: Iterable[FileRef],
+    *,
+    released: NDArray[np.float64] | None = None,
+) -> Ingested:
     """Runs the graph.
+
+    Args:
+      released: (P, N) counts that an earlier run of the same update released, to be taken in place
+        of fresh ones: noise cannot be drawn again.
 
     Raises:
       DataError: The catalogue is empty.
     """
-    upserts, bad_items = read_items(job.root, item_files)
+    upserts, item_columns, bad_items = read_items(job.root, item_files)
     before = upsert(_base_items(job), upserts)
     if before.catalogue.is_empty():
         raise DataError("the catalogue is empty: write item rows below items/dt=YYYY-MM-DD/ first")
     item_ids = ray.put(before.catalogue["item_id"].to_list())
-    shards = [{"shard": shard} for shard in range(job.config.ingest.num_shards)]
+    tasks = group_files(job.partitions, job.config.ingest.task_bytes)
+    shards = [{"shard": shard} for shard in range(job.num_shards)]
 
-    cleaned = _map(job, _clean_partition, [{"index": i} for i in range(len(job.partitions))])
-    bounded = _map(job, functools.partial(_bound_shard, item_ids=item_ids), shards)
-    states = _release(job, before, sum(row["counts"] for row in bounded))
-    tables = [state.table() for state in states]
-    save_item_state(job.root, job.update_id, states[-1])
-    built = _map(job, functools.partial(_build_shard, tables=ray.put(tables)), shards)
+    cleaned = list(_map(job, _clean, [{"task": i, "files": t} for i, t in enumerate(tasks)]))
+    paths = [path for row in cleaned for path in row["paths"]]
+    bounded = list(
+        _map(job, functools.partial(_bound_shard, item_ids=item_ids, paths=paths), shards)
+    )
+    counts = _release(job, len(before.catalogue)) if released is None else released
+    timeline = _publish(job, before, counts)
+    built = list(_map(job, functools.partial(_build_shard, timeline=ray.put(timeline)), shards))
 
     bad_files = bad_items | {k: v for row in cleaned for k, v in row["bad_files"].items()}
     if bad_files:
         listed = json.dumps(bad_files, indent=1, sort_keys=True).encode()
-        job.root.put(f"{quarantine(job.update_id)}/files.json", listed)
-    row_counts = sum((Counter(row["row_counts"]) for row in [*cleaned, *bounded]), Counter[str]())
+        job.work.put(f"{quarantine(job.update_id)}/files.json", listed)
+    window_period = int(period_of(np.array([job.window_start]), job.period_ends)[0])
     return Ingested(
         num_rows=sum(row["num_rows"] for row in cleaned),
         num_users=sum(row["num_users"] for row in built),
         num_examples=sum(row["num_examples"] for row in built),
-        row_counts=dict(sorted(row_counts.items())),
+        num_shards=job.num_shards,
+        row_counts=_added_up([row["row_counts"] for row in [*cleaned, *bounded]]),
+        column_counts=_added_up([item_columns, *(row["column_counts"] for row in cleaned)]),
+        label_counts={
+            kind: _added_up([row[kind] for row in built]) for kind in ("impressions", "outcomes")
+        },
+        example_hashes={row["path"]: row["sha256"] for row in built},
         quarantined_files=bad_files,
-        items=tables[-1],
-        items_before=tables[period_of(np.array([job.window_start]), job.period_ends)[0]],
+        without_rows=frozenset(p.key for p in job.partitions)
+        - {key for row in cleaned for key in row["with_rows"]},
+        items=timeline.after,
+        items_before=timeline.at(window_period),
     )
-
-
-def read_items(root: Root, item_files: Iterable[FileRef]) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Reads catalogue upserts.
-
-    Returns:
-      Their rows, and path -> reason of the files that cannot be used.
-    """
-    frames, bad_files = [pl.DataFrame(schema=ITEM_SCHEMA)], {}
-    for file in item_files:
-        try:
-            frames.append(_read_item_file(root, file.path))
-        except DataError as error:
-            bad_files[file.path] = str(error)
-    epoch = pl.lit(datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), ITEM_SCHEMA["updated_at"])
-    rows = pl.concat(frames).filter(pl.col("item_id").fill_null("") != "")
-    return rows.with_columns(pl.col("updated_at").fill_null(epoch)), bad_files
-
-
-def _read_item_file(root: Root, path: str) -> pl.DataFrame:
-    frame = read_parquet_file(root.read_bytes(path), path)
-    if "item_id" not in frame.columns:
-        raise DataError(f"{path} has no column item_id; it has {name_columns(frame, ITEM_SCHEMA)}")
-    return select_as(frame, ITEM_SCHEMA, path)
-
-
-def period_ends(partitions: Iterable[PartitionRef], period_days: int) -> list[float]:
-    """Returns where the periods end into which the partitions fall, at most `period_days` long.
-
-    Days without a partition make no period: a stray old one must not be charged for the years
-    between.
-
-    >>> days = [PartitionRef(key=f"events/dt=2017-03-{d:02}", files=()) for d in (1, 2, 29)]
-    >>> [end / 86400 for end in period_ends(days, 7)]
-    [17228.0, 17255.0]
-    """
-    starts: list[datetime.date] = []
-    ends: list[float] = []
-    for date in sorted(partition_date(p.key) for p in partitions):
-        if not starts or (date - starts[-1]).days >= period_days:
-            starts.append(date)
-            ends.append(0.0)
-        ends[-1] = _midnight(date) + DAY_S
-    return ends
 
 
 def _map(
     job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[Any]
-) -> list[dict[str, Any]]:
-    """Runs `task` on each row as a Ray Data task of its own."""
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    return list(dataset.map(functools.partial(task, job=job), num_cpus=0.5).take_all())
+) -> Iterator[dict[str, Any]]:
+    """Runs `task` on each row as a Ray Data task of its own; results come in the rows' order."""
+    keys = ray.put(rows)
+    dataset = ray.data.range(len(rows), override_num_blocks=max(len(rows), 1))
+    done = dataset.map(functools.partial(_run_task, task=task, job=job, rows=keys), num_cpus=0.5)
+    results: dict[int, dict[str, Any]] = {}
+    for row in done.iter_rows():
+        results[row["id"]] = json.loads(row["result"])
+        if kind := results[row["id"]].get("error"):
+            raise getattr(errors, kind)(results[row["id"]]["message"])
+    yield from (results[i] for i in range(len(rows)))
 
 
-def _clean_partition(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
-    partition = job.partitions[row["index"]]
-    date = partition_date(partition.key)
-    keys = Pseudonymizer.from_config(job.config.pseudonyms)
-    pseudonymizer = keys.until(job.user_key_id)
-    usable, refused, bad_files = [], [], {}
-    for file in partition.files:
-        data = job.root.read_bytes(file.path)
-        try:
-            with no_values_in_errors(file.path):
-                frame = conform(read_parquet_file(data, file.path), file.path)
-                good, bad = clean_events(frame, pseudonymizer, date=date)
-        except DataError as error:
-            bad_files[file.path] = str(error)
-            continue
-        usable.append(good)
-        refused.append(bad.with_columns(path=pl.lit(file.path)))
-    num_refused = sum(map(len, refused))
-    if num_refused:
-        path = f"{quarantine(job.update_id)}/rows-{date.isoformat()}.parquet"
-        job.root.put(path, to_parquet(pl.concat(refused)))
-    if usable:
-        _write_shards(job, pl.concat(usable), row["index"])
-    return {
-        "num_rows": num_refused + sum(map(len, usable)),
-        "row_counts": {"quarantined": num_refused},
-        "bad_files": bad_files,
-    }
+def _run_task(
+    row: dict[str, Any], task: Callable[..., dict[str, Any]], job: IngestJob, rows: Any
+) -> dict[str, Any]:
+    try:
+        result = task(ray.get(rows)[row["id"]], job=job)
+    except RaysysError as error:
+        # Ray would wrap it, and the job's exit code would not tell whether to try again.
+        result = {"error": type(error).__name__, "message": str(error)}
+    # As text: Ray Data would make tensors and structs of what is a plain answer.
+    return {"id": row["id"], "result": json.dumps(result)}
 
 
-def _write_shards(job: IngestJob, rows: pl.DataFrame, index: int) -> None:
-    sharded = rows.with_columns(_shard=user_shard(job.config.ingest.num_shards))
-    for (shard,), part in sharded.group_by("_shard"):
-        path = f"{_shard_folder(job, int(str(shard)), 'clean')}/{index:06}.parquet"
-        job.root.put(path, to_parquet(part.drop("_shard")))
+def _clean(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
+    return clean_task(
+        row["files"],
+        row["task"],
+        source=job.root,
+        target=job.work,
+        update_id=job.update_id,
+        num_shards=job.num_shards,
+        config=job.config,
+        user_key_id=job.user_key_id,
+    )
 
 
 def _bound_shard(
-    row: dict[str, Any], job: IngestJob, item_ids: ray.ObjectRef[list[str]]
+    row: dict[str, Any], job: IngestJob, item_ids: ray.ObjectRef[list[str]], paths: list[str]
 ) -> dict[str, Any]:
     shard, ends, ids = row["shard"], job.period_ends, ray.get(item_ids)
-    rows = _read_frames(job.root, _shard_folder(job, shard, "clean"), _CLEAN_SCHEMA)
-    outcomes, row_counts = find_outcomes(
-        rows, item_ids=ids, gains=job.config.ingest.gains, ends=ends
+    rows = pl.concat(read_shard(job.work, paths, shard) or [pl.DataFrame(schema=CLEAN_SCHEMA)])
+    outcomes, impressions, fates = split_events(
+        rows,
+        seen=_seen(job, shard, days_of(rows)),
+        item_ids=ids,
+        gains=job.config.ingest.gains,
+        ends=ends,
     )
-    job.root.put(f"{_shard_folder(job, shard, 'outcomes')}/all.parquet", to_parquet(outcomes))
+    job.work.put(shard_path(job.update_id, SEEN, shard, job.num_shards), seen_bytes(rows))
+    for name, frame in (("outcomes", outcomes), ("impressions", impressions)):
+        job.work.put(_staged(job, name, shard), to_parquet(frame))
     counts = bounded_counts(
-        outcomes,
-        num_periods=len(ends),
-        num_items=len(ids),
-        max_items=job.config.ingest.max_items_per_user_period,
-        seed=job.seed,
+        outcomes, max_items=job.config.ingest.max_items_per_user_period, seed=job.seed
     )
-    return {"counts": counts, "row_counts": row_counts}
+    job.work.put(_staged(job, "counts", shard), to_parquet(counts))
+    return {"row_counts": fates}
 
 
-def _release(job: IngestJob, before: ItemState, counts: NDArray[np.float64]) -> list[ItemState]:
-    """Noises the counts once and folds them into the item statistics."""
-    std, privacy = 0.0, job.config.privacy
-    if privacy.enabled:
-        sensitivity = count_l2_sensitivity(job.config.ingest.max_items_per_user_period)
-        std = privacy.count_noise_multiplier * sensitivity
-        counts = noise_counts(counts, std)
-    return release(before, counts, job.period_ends, noise_std=std)
+def _seen(job: IngestJob, shard: int, days: pl.Series) -> pl.DataFrame:
+    """Returns the shard's events of these days that earlier updates read."""
+    keys = Pseudonymizer.from_config(job.config.pseudonyms).until(job.user_key_id)
+    frames = [pl.DataFrame(schema=SEEN_SCHEMA)]
+    for update_id in job.read_before:
+        key_id = job.key_ids[update_id]
+        if key_id == keys.key_id:
+            paths = seen_paths(job.root, update_id, shard, job.num_shards)
+            frames.append(read_seen(job.root, paths, days))
+            continue
+        # Under another key, the shard's users were users of any shard.
+        old = read_seen(job.root, seen_paths(job.root, update_id, 0, 1), days)
+        carried = old.with_columns(new=carry_forward(old["user"], key_id, keys))
+        carried = replace_inside(carried, "event_id", old="user", new="new")
+        new = carried.select(user="new", event_id="event_id")
+        frames.append(new.filter(user_shard(job.num_shards) == shard))
+    return pl.concat(frames)
+
+
+def _release(job: IngestJob, num_items: int) -> NDArray[np.float64]:
+    """Adds the shards' counts up, (P, N), and noises them once."""
+    counts = np.zeros((len(job.periods), num_items), np.float64)
+    for shard in range(job.num_shards):
+        part = pl.read_parquet(io.BytesIO(job.work.read_bytes(_staged(job, "counts", shard))))
+        counts[part["period"].to_numpy(), part["item"].to_numpy()] += part["count"].to_numpy()
+    std = _count_noise_std(job)
+    return noise_counts(counts, std) if std else counts
+
+
+def _count_noise_std(job: IngestJob) -> float:
+    privacy = job.config.privacy
+    if not privacy.enabled:
+        return 0.0
+    sensitivity = count_l2_sensitivity(job.config.ingest.max_items_per_user_period)
+    return privacy.count_noise_multiplier * sensitivity
+
+
+def _publish(job: IngestJob, before: ItemState, counts: NDArray[np.float64]) -> Timeline:
+    """Folds released counts into the item statistics, and keeps both."""
+    states = release(before, counts, job.periods, noise_std=_count_noise_std(job))
+    save_item_state(job.work, job.update_id, states[-1])
+    max_items = job.config.ingest.max_history_items
+    save_history_settings(job.work, job.update_id, max_items=max_items)
+    buffer = io.BytesIO()
+    np.save(buffer, counts)
+    job.work.put(released_path(job.update_id), buffer.getvalue())
+    return Timeline.of(states, job.period_ends)
 
 
 def _build_shard(
-    row: dict[str, Any], job: IngestJob, tables: ray.ObjectRef[list[ItemTable]]
+    row: dict[str, Any], job: IngestJob, timeline: ray.ObjectRef[Timeline]
 ) -> dict[str, Any]:
-    shard, num_shards = row["shard"], job.config.ingest.num_shards
-    outcomes = _read_frames(job.root, _shard_folder(job, shard, "outcomes"), {})
-    histories, held_out = pl.DataFrame(schema=HISTORY_SCHEMA), pl.DataFrame(schema=HELD_OUT_SCHEMA)
-    as_of = 0.0
+    shard = row["shard"]
+    outcomes, impressions = (
+        pl.read_parquet(io.BytesIO(job.work.read_bytes(_staged(job, name, shard))))
+        for name in ("outcomes", "impressions")
+    )
+    before = ShardState.nothing()
     if job.base_state is not None:
-        histories = load_histories(job.root, job.base_state).filter(user_shard(num_shards) == shard)
-        held_out = load_held_out(job.root, job.base_state).filter(user_shard(num_shards) == shard)
-        as_of = load_item_state(job.root, job.base_state).as_of
-    held: list[ItemTable] = ray.get(tables)
-    result = build_shard(
-        outcomes,
-        histories,
-        histories_as_of=as_of,
-        held_out=held_out,
-        tables=held,
+        before = load_shard_state(job.root, job.base_state, shard, job.num_shards)
+    result = build_shard(outcomes, impressions, before, _settings(job, ray.get(timeline)))
+    examples = result.examples.to_bytes()
+    path = examples_path(job.update_id, shard)
+    job.work.put(path, examples)
+    job.work.put(cases_path(job.update_id, shard), to_parquet(result.cases))
+    save_shard_state(job.work, job.update_id, shard, job.num_shards, result.state)
+    return {
+        "num_users": result.num_users,
+        "num_examples": len(result.examples.user),
+        "impressions": result.impressions,
+        "outcomes": result.outcomes,
+        "path": path,
+        "sha256": hashlib.sha256(examples).hexdigest(),
+    }
+
+
+def _settings(job: IngestJob, timeline: Timeline) -> ShardSettings:
+    return ShardSettings(
+        timeline=timeline,
         window_start=job.window_start,
-        config=job.config.ingest,
+        horizon=timeline.after.as_of,
+        ingest=job.config.ingest,
+        labels=job.config.labels,
+        needs_outcome=job.config.train.loss == "listwise",
         seed=job.seed,
     )
-    job.root.put(examples_path(job.update_id, shard), result.examples.to_bytes())
-    job.root.put(cases_path(job.update_id, shard), to_parquet(result.cases))
-    job.root.put(histories_path(job.update_id, shard), to_parquet(result.histories))
-    job.root.put(held_out_path(job.update_id, shard), to_parquet(result.held_out))
-    return {"num_users": result.num_users, "num_examples": len(result.examples.user)}
 
 
 def examples_path(update_id: str, shard: int) -> str:
@@ -291,28 +346,9 @@ def cases_path(update_id: str, shard: int) -> str:
     return f"{staging(update_id)}/cases/{shard:04}.parquet"
 
 
-def histories_path(update_id: str, shard: int) -> str:
-    """Where a shard's user histories are kept after the update."""
-    return f"{state_folder(update_id)}/histories/{shard:04}.parquet"
-
-
-def held_out_path(update_id: str, shard: int) -> str:
-    """Where a shard's draws of who is held out are kept after the update."""
-    return f"{state_folder(update_id)}/{HELD_OUT}/{shard:04}.parquet"
-
-
-def load_held_out(root: Root, update_id: str) -> pl.DataFrame:
-    """Reads who is held out, HELD_OUT_SCHEMA; of a state that kept no draws yet, nobody."""
-    return _read_frames(root, f"{state_folder(update_id)}/{HELD_OUT}", HELD_OUT_SCHEMA)
-
-
-def load_histories(root: Root, update_id: str) -> pl.DataFrame:
-    """Reads the histories of all users, HISTORY_SCHEMA, sorted by user and item."""
-    folder = f"{state_folder(update_id)}/histories"
-    return _read_frames(root, folder, HISTORY_SCHEMA).sort("user", "item")
-
-
-_CLEAN_SCHEMA = {name: pl.Float64() if name == "ts" else pl.String() for name in CLEAN_COLUMNS}
+def released_path(update_id: str) -> str:
+    """Where the released item counts, (P, N), are kept: a replay takes them from there."""
+    return f"{state_folder(update_id)}/released.npy"
 
 
 def _base_items(job: IngestJob) -> ItemState:
@@ -321,15 +357,13 @@ def _base_items(job: IngestJob) -> ItemState:
     return load_item_state(job.root, job.base_state)
 
 
-def _shard_folder(job: IngestJob, shard: int, stage: str) -> str:
-    return f"{staging(job.update_id)}/{stage}/{shard:04}"
+def _staged(job: IngestJob, name: str, shard: int) -> str:
+    return f"{staging(job.update_id)}/{name}/{shard_name(shard, job.num_shards)}.parquet"
 
 
-def _read_frames(root: Root, folder: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
-    files = root.list(folder)
-    frames = [pl.read_parquet(io.BytesIO(root.read_bytes(file.path))) for file in files]
-    return pl.concat([pl.DataFrame(schema=schema), *frames] if schema else frames)
-
-
-def _midnight(date: datetime.date) -> float:
-    return datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp()
+def _added_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Adds up by key. A key that counts nothing is kept: a zero says that it was looked for."""
+    total: Counter[str] = Counter()
+    for part in counts:
+        total.update(part)
+    return dict(sorted(total.items()))

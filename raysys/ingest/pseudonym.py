@@ -160,24 +160,25 @@ def check_key(pseudonymizer: Pseudonymizer, used: str | None, root_uri: str) -> 
     )
 
 
-def pseudonymize(frame: pl.DataFrame, pseudonymizer: Pseudonymizer) -> pl.DataFrame:
-    """Returns the events with a column `user`, all of it of the newest key.
-
-    Where `user_key_id` is null, `user_id` is raw. Elsewhere it is a pseudonym of that key, and is
-    carried forward, also inside the `request_id`: replicas write it into the ids that they sign.
+def carry_forward(
+    users: pl.Series, key_ids: pl.Series | str, pseudonymizer: Pseudonymizer
+) -> pl.Series:
+    """Returns pseudonyms of keys of the chain as those of its newest; each distinct one once.
 
     Args:
-      frame: Columns `user_id`, `user_key_id` and `request_id`; each key id is one of the chain's.
+      key_ids: The key of each; what has none (null) is returned as it is.
     """
-    columns = ["user_id", "user_key_id"]
-    distinct = frame.select(columns).unique()
-    users = [
-        pseudonymizer.pseudonym(user) if key_id is None else pseudonymizer.translate(user, key_id)
-        for user, key_id in distinct.iter_rows()
-    ]
-    mapped = distinct.with_columns(user=pl.Series(users, dtype=pl.String()))
-    joined = frame.join(mapped, on=columns, how="left", nulls_equal=True, maintain_order="left")
-    return replace_inside(joined, "request_id", old="user_id", new="user")
+    if isinstance(key_ids, str):
+        key_ids = pl.repeat(key_ids, len(users), dtype=pl.String(), eager=True)
+    is_old = (key_ids != pseudonymizer.key_id).fill_null(False)
+    if not is_old.any():
+        return users
+    pairs = pl.DataFrame({"user": users, "key": key_ids})
+    distinct = pairs.filter(is_old).unique()
+    carried = [pseudonymizer.translate(user, key_id) for user, key_id in distinct.iter_rows()]
+    mapped = distinct.with_columns(new=pl.Series(carried, dtype=pl.String()))
+    joined = pairs.join(mapped, on=["user", "key"], how="left", maintain_order="left")
+    return joined.select(pl.coalesce("new", "user").alias(users.name)).to_series()
 
 
 @contextlib.contextmanager

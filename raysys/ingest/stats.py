@@ -21,8 +21,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from raysys.ingest.features import ItemTable
+from raysys.ingest.features import FloatArray, ItemTable, Published
 from raysys.partitions.layout import state_folder
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -47,8 +48,10 @@ class ItemState:
     recent: NDArray[np.float64]
     """(N,) noised counts of the newest period."""
     recent_std: float
-    num_periods: float
-    """Decayed number of periods in `popularity`."""
+    recent_days: float
+    """Days of the newest period."""
+    num_days: float
+    """Decayed number of days in `popularity`."""
     as_of: float
     half_life_s: float
 
@@ -58,31 +61,90 @@ class ItemState:
         none = np.zeros(0, np.float64)
         return cls(
             catalogue=pl.DataFrame(schema=ITEM_SCHEMA), popularity=none, popularity_std=0.0,
-            recent=none, recent_std=0.0, num_periods=0.0, as_of=0.0, half_life_s=half_life_s,
+            recent=none, recent_std=0.0, recent_days=0.0, num_days=0.0, as_of=0.0,
+            half_life_s=half_life_s,
         )  # fmt: skip
 
     def table(self) -> ItemTable:
-        """Returns what the features read.
-
-        Counts below `SIGNIFICANT` noise deviations are taken for zero, and no trend is read from
-        them: most items sell less in a period than the noise, and would be ranked by it.
-        """
-        popular = self.popularity > SIGNIFICANT * self.popularity_std
-        moving = popular | (self.recent > SIGNIFICANT * self.recent_std)
-        average = self.popularity / max(self.num_periods, 1.0)
-        prior = self.recent_std + 1.0
-        ratio = (np.maximum(self.recent, 0) + prior) / (np.maximum(average, 0) + prior)
+        """Returns what the features read."""
         frame = self.catalogue
+        popularity, trend = self.statistics()
         return ItemTable(
             ids=frame["item_id"].to_list(),
             texts=item_texts(frame),
             category=_codes(frame["category"]),
             brand=_codes(frame["brand"]),
             price=frame["price"].fill_null(float("nan")).to_numpy().astype(np.float32),
-            popularity=np.where(popular, self.popularity, 0).astype(np.float32),
-            trend=np.where(moving, np.clip(np.log(ratio), -1, 1), 0).astype(np.float32),
+            popularity=popularity,
+            trend=trend,
             as_of=self.as_of,
             half_life_s=self.half_life_s,
+        )
+
+    def statistics(self) -> tuple[FloatArray, FloatArray]:
+        """Returns popularity and trend, both (N,), as the features read them.
+
+        Counts below `SIGNIFICANT` noise deviations are taken for zero, and no trend is read from
+        them: most items sell less in a period than the noise, and would be ranked by it. The trend
+        compares sales a day, since periods are not all of one length.
+        """
+        popular = self.popularity > SIGNIFICANT * self.popularity_std
+        moving = popular | (self.recent > SIGNIFICANT * self.recent_std)
+        days = max(self.recent_days, 1.0)
+        average = self.popularity / max(self.num_days, 1.0)
+        prior = (self.recent_std + 1.0) / days
+        ratio = (np.maximum(self.recent / days, 0) + prior) / (np.maximum(average, 0) + prior)
+        return (
+            np.where(popular, self.popularity, 0).astype(np.float32),
+            np.where(moving, np.clip(np.log(ratio), -1, 1), 0).astype(np.float32),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """The item statistics public in each period of an update, on one catalogue."""
+
+    after: ItemTable
+    """After all periods."""
+    ends: tuple[float, ...]
+    """(P,) UNIX seconds at which the periods end, ascending."""
+    as_of: NDArray[np.float64]
+    """(P,) when the statistics of each period were released, UNIX seconds."""
+    popularity: FloatArray
+    """(P, N)."""
+    trend: FloatArray
+    """(P, N)."""
+
+    @classmethod
+    def of(cls, states: Sequence[ItemState], ends: Sequence[float]) -> Timeline:
+        """Builds it from the P + 1 states that `release` returns."""
+        popularity, trend = zip(*(state.statistics() for state in states[:-1]), strict=True)
+        return cls(
+            after=states[-1].table(),
+            ends=tuple(ends),
+            as_of=np.array([state.as_of for state in states[:-1]]),
+            popularity=np.stack(popularity),
+            trend=np.stack(trend),
+        )
+
+    def at(self, period: int) -> ItemTable:
+        """Returns what was public when a period began."""
+        return dataclasses.replace(
+            self.after,
+            popularity=self.popularity[period],
+            trend=self.trend[period],
+            as_of=float(self.as_of[period]),
+        )
+
+    def published(
+        self, period: NDArray[np.int64], items: NDArray[np.int32], ts: NDArray[np.float64]
+    ) -> Published:
+        """Returns what was public of each item at each time of a period, all (rows,)."""
+        elapsed = np.maximum(ts - self.as_of[period], 0)
+        decay = np.exp2(-elapsed / self.after.half_life_s)
+        return Published(
+            popularity=(self.popularity[period, items] * decay).astype(np.float32),
+            trend=self.trend[period, items],
         )
 
 
@@ -114,31 +176,38 @@ def upsert(state: ItemState, upserts: pl.DataFrame) -> ItemState:
 
 
 def release(
-    state: ItemState, noised_counts: NDArray[np.float64], ends: Sequence[float], *, noise_std: float
+    state: ItemState,
+    noised_counts: NDArray[np.float64],
+    periods: Sequence[Period],
+    *,
+    noise_std: float,
 ) -> list[ItemState]:
     """Folds noised period counts into the statistics.
 
     Args:
       noised_counts: (P, N) counts of each period, already noised.
-      ends: (P,) UNIX seconds at which the periods end, ascending.
+      periods: (P,) in order.
       noise_std: Standard deviation of the noise in each count.
 
     Returns:
       P + 1 states: what was public when each period began, and last what is public after all.
     """
     states = [state]
-    for counts, end in zip(noised_counts, ends, strict=True):
+    for counts, period in zip(noised_counts, periods, strict=True):
         last = states[-1]
-        as_of = max(last.as_of, end)
+        as_of = max(last.as_of, period.end)
         decay = float(np.exp2(-(as_of - last.as_of) / state.half_life_s))
+        aged = float(np.exp2(-(as_of - period.end) / state.half_life_s))
+        is_newest = as_of == period.end
         states.append(
             dataclasses.replace(
                 last,
-                popularity=last.popularity * decay + counts,
-                popularity_std=float(np.hypot(last.popularity_std * decay, noise_std)),
-                recent=counts,
-                recent_std=noise_std,
-                num_periods=last.num_periods * decay + 1,
+                popularity=last.popularity * decay + counts * aged,
+                popularity_std=float(np.hypot(last.popularity_std * decay, noise_std * aged)),
+                recent=counts if is_newest else last.recent,
+                recent_std=noise_std if is_newest else last.recent_std,
+                recent_days=period.num_days if is_newest else last.recent_days,
+                num_days=last.num_days * decay + period.num_days * aged,
                 as_of=as_of,
             )
         )
@@ -152,6 +221,7 @@ def save_item_state(root: Root, update_id: str, state: ItemState) -> None:
     )
     root.put(f"{state_folder(update_id)}/items.parquet", to_parquet(frame))
     scalars = {name: getattr(state, name) for name in _SCALARS}
+    scalars["schema_version"] = _SCHEMA_VERSION
     root.put(f"{state_folder(update_id)}/items.json", json.dumps(scalars, sort_keys=True).encode())
 
 
@@ -169,11 +239,19 @@ def load_item_state(root: Root, update_id: str) -> ItemState:
         catalogue=frame.select(list(ITEM_SCHEMA)),
         popularity=frame["popularity"].to_numpy(),
         recent=frame["recent"].to_numpy(),
-        **scalars,
+        **_upgraded(scalars),
     )
 
 
-_SCALARS = ("popularity_std", "recent_std", "num_periods", "as_of", "half_life_s")
+_SCHEMA_VERSION = 2
+_SCALARS = ("popularity_std", "recent_std", "recent_days", "num_days", "as_of", "half_life_s")
+
+
+def _upgraded(scalars: dict[str, Any]) -> dict[str, Any]:
+    if scalars.pop("schema_version", 1) == 1:
+        # The first schema counted periods, and took all of them for as long as each other: weeks.
+        scalars |= {"num_days": 7 * scalars.pop("num_periods"), "recent_days": 7.0}
+    return scalars
 
 
 def _codes(column: pl.Series) -> NDArray[np.int32]:

@@ -5,9 +5,12 @@
         ...                            # the heartbeat renews every quarter of the duration
         lease.commit(record)
 
-The clocks of two hosts decide only how soon a silent updater is given up, never whether work counts
-twice: an updater that was given up finds at its next record that its update is not the active one,
-and cannot commit.
+Clocks of two hosts are never compared. A second updater takes over when the first one has written
+nothing for as long as it declared that it might be silent, by the second one's own monotonic clock;
+so it always waits that long. An updater that was given up all the same (its host slept) finds at
+its next record that its update is not the active one, and cannot commit.
+
+Source: the same rule as in Kubernetes' leader election and Amazon's DynamoDB lock client.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from raysys.errors import LeaseHeldError, LeaseLostError, RaysysError, StorageUnavailableError
+from raysys.ledger.fold import ActiveUpdate
 from raysys.ledger.log import Log
 from raysys.ledger.records import (
     Entry,
@@ -30,7 +34,7 @@ from raysys.ledger.records import (
     UpdateCommitted,
     UpdateStarted,
 )
-from raysys.ledger.state import ActiveUpdate, State
+from raysys.ledger.state import State
 
 _logger = logging.getLogger(__name__)
 
@@ -45,12 +49,14 @@ class Lease:
         owner: str,
         duration_s: float,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._log = log
         self._owner = owner
         self._duration_s = duration_s
         self._clock = clock
+        self._monotonic = monotonic
         self._sleep = sleep
         self._started: UpdateStarted | None = None
         self._failure: Exception | None = None
@@ -139,9 +145,11 @@ class Lease:
 
     def _take_over(self) -> None:
         seen = self._log.refresh().active
+        seen_at = self._monotonic()
         active = seen
         while active is not None and active == seen:
-            left_s = active.lease_expires_at - self._clock()
+            # Only now that the newest records were read does the time count as silence.
+            left_s = active.silence_s - (self._monotonic() - seen_at)
             if left_s <= 0:
                 self._log.transact(lambda state: self._expired(state, seen))
                 return
@@ -185,10 +193,13 @@ class Lease:
         return state.active
 
     def _held(self, active: ActiveUpdate) -> LeaseHeldError:
-        age_s = max(0.0, self._clock() - active.renewed_at)
+        # It wrote while this one looked on: its times say how the clocks differ, not how old it is.
+        ahead_s = active.renewed_at - self._clock()
+        skew = f"; its clock is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}"
         return LeaseHeldError(
-            f"update {active.update_id} is being run by {active.owner} (renewed {age_s:.0f} s "
-            "ago); wait for it to end, then submit again"
+            f"update {active.update_id} is being run by {active.owner} (renewed just now"
+            f"{skew if abs(ahead_s) > self._duration_s else ''}); wait for it to end, then submit "
+            "again"
         )
 
     def _beat(self) -> None:

@@ -4,8 +4,10 @@
     rotation: UpdateStarted of no partition -> LeaseRenewed* -> PseudonymsRotated | UpdateAbandoned
     rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
 
-Every record carries `schema_version`; an older one still reads. Times are UNIX seconds, UTC.
-Keys and paths are relative to the root.
+Every record carries `schema_version`; an older one still reads. Since version 2 it ends with a hash
+of itself (`seal.py`) and carries that of the record before it as `prev`, so that a record that was
+changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys and paths are
+relative to the root.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from raysys.errors import LedgerCorruptError
+from raysys.ledger.codec import Reviver, class_reviver
+from raysys.ledger.seal import broken_seal, digest, seal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Verdict = Literal["passed", "held"]
 RolloutPhase = Literal["canary", "promoted", "rolled_back"]
+SetAsideKind = Literal["late", "rewritten", "vanished", "empty"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +37,37 @@ class FileRef:
     size_bytes: int
     etag: str
 
+    @property
+    def content(self) -> str:
+        """Names this content of the path; written anew, it has another."""
+        return f"{self.etag} {self.size_bytes} {self.path}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionRef:
     """Those files of one partition that one update consumes."""
 
     key: str
-    """For example `events/dt=2017-03-01`."""
+    """For example `events/dt=2017-03-01` or `events/dt=2017-03-01/hour=05`."""
     files: tuple[FileRef, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SetAside:
+    """What a plan left out for good, as the config's `quarantine` says. It is asked about once."""
+
+    path: str
+    """A file, or the folder of an empty partition."""
+    size_bytes: int
+    etag: str
+    """Of the content that is left out; of a vanished file, what was consumed; "" for a folder."""
+    kind: SetAsideKind
+    reason: str
+
+    @property
+    def file(self) -> FileRef:
+        """What is not asked about again."""
+        return FileRef(path=self.path, size_bytes=self.size_bytes, etag=self.etag)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +102,7 @@ class UpdateStarted:
     private: bool
     reserved: PrivacySpend | None
     """None when `private` is false."""
+    set_aside: tuple[SetAside, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +136,7 @@ class UpdateCommitted:
     partitions: tuple[PartitionRef, ...]
     item_files: tuple[FileRef, ...]
     watermark: str
-    """The newest partition date consumed so far, YYYY-MM-DD."""
+    """The newest partition consumed so far, YYYY-MM-DD or YYYY-MM-DDTHH."""
     num_rows: int
     num_users: int
     row_counts: Mapping[str, int]
@@ -122,8 +151,15 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    column_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rows by what the schema contract did to a column, for example `cast:price`."""
+    label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    """`impressions` and `outcomes`: where each row of them went, those that had waited included."""
+    example_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Path of every shard's examples -> sha256. They are gone; a replay must make them again."""
+    set_aside: tuple[SetAside, ...] = ()
     user_key_id: str | None = None
-    """The key of the pseudonyms in its histories. `ledger.state` fills it in where it is None."""
+    """The key of the pseudonyms in its state. The fold fills it in where it is None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +211,11 @@ Record = (
     | PseudonymsRotated
     | RolloutChanged
 )
-_TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Record)}
+_REVIVERS: dict[str, Reviver] = {
+    cls.__name__: class_reviver(cls) for cls in typing.get_args(Record)
+}
+RECORD_TYPES = tuple(_REVIVERS)
+"""What a record's `type` can be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,38 +225,50 @@ class Entry:
     sequence: int
     at: float
     record: Record
+    prev: str | None = ""
+    """Hash of the record before it, "" if there is none; None in version 1, which has no hashes."""
+    hash: str = dataclasses.field(default="", compare=False)
+    """Of the stored record, "" if it is not stored; version 1 has the sha256 of its bytes here."""
 
 
 def encode(entry: Entry) -> bytes:
     """Returns the bytes that are stored for an entry."""
-    body = {
-        "schema_version": SCHEMA_VERSION,
-        "type": type(entry.record).__name__,
-        "sequence": entry.sequence,
-        "at": entry.at,
-        **dataclasses.asdict(entry.record),
-    }
-    return json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    record = {f.name: getattr(entry.record, f.name) for f in dataclasses.fields(entry.record)}
+    return seal(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "type": type(entry.record).__name__,
+            "sequence": entry.sequence,
+            "at": entry.at,
+            "prev": entry.prev or "",
+            **record,
+        }
+    )
 
 
 def decode(data: bytes, *, sequence: int) -> Entry:
     """Reads the bytes of entry `sequence`.
 
     Raises:
-      LedgerCorruptError: Not a record, of a newer schema, or not the record of that place.
+      LedgerCorruptError: Not a record, changed after it was written, of a newer schema, or not the
+        record of that place.
     """
     try:
         body = json.loads(data)
-        version, found = body.pop("schema_version"), body.pop("sequence")
+        version = body.pop("schema_version")
         if version > SCHEMA_VERSION:
             raise LedgerCorruptError(
                 f"ledger record {sequence} has schema_version {version}, this raysys reads up to "
                 f"{SCHEMA_VERSION}: upgrade raysys"
             )
-        if found != sequence:
-            raise LedgerCorruptError(f"ledger record {sequence} says that it is record {found}")
-        at, cls = body.pop("at"), _TYPES[body.pop("type")]
-        return Entry(sequence=sequence, at=at, record=_from_json(cls, body))
+        prev, own_hash = _links(data, body, version, sequence)
+        if (found := body.pop("sequence")) != sequence:
+            raise LedgerCorruptError(
+                f"ledger record {sequence} says that it is record {found}; restore both from a "
+                "backup of the root"
+            )
+        at, revive = body.pop("at"), _REVIVERS[body.pop("type")]
+        return Entry(sequence=sequence, at=at, record=revive(body), prev=prev, hash=own_hash)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LedgerCorruptError(
             f"ledger record {sequence} cannot be read ({type(error).__name__}: {error}); restore "
@@ -224,19 +276,17 @@ def decode(data: bytes, *, sequence: int) -> Entry:
         ) from error
 
 
-def _from_json(cls: type[Any], body: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _revive(hints[key], value) for key, value in body.items()})
-
-
-def _revive(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _from_json(hint, value)
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return tuple(_revive(args[0], item) for item in value)
-    inner = [arg for arg in args if dataclasses.is_dataclass(arg)]
-    return _revive(inner[0], value) if inner else value
+def _links(
+    data: bytes, body: dict[str, Any], version: int, sequence: int
+) -> tuple[str | None, str]:
+    if version < 2:
+        return None, digest(data)
+    if problem := broken_seal(data):
+        raise LedgerCorruptError(
+            f"ledger record {sequence} was changed after it was written: it {problem}; restore it "
+            "from a backup of the root"
+        )
+    prev = body.pop("prev")
+    if not isinstance(prev, str):
+        raise TypeError(f"prev is {prev!r}")
+    return prev, body.pop("hash")

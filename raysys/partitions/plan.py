@@ -3,91 +3,171 @@
     discover.Discovered, ledger.State -> plan_update() -> UpdatePlan -> ledger.UpdateStarted
 
 Pure: the same inputs give the same plan, so an update that was killed is planned again exactly. A
-file is planned only while no committed update consumed it, and a commit of its plan is the one
-thing that makes it consumed. That is exactly-once.
+content (path, size and etag) is planned only while no committed update consumed it, and a commit of
+its plan is the one thing that makes it consumed. That is exactly-once.
+
+changes.py says what becomes of files that are late, rewritten or vanished, and of empty partitions.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import datetime
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from raysys.config import PartitionConfig
-from raysys.errors import EmptyPlanError, PartitionChangedError
-from raysys.ledger.records import FileRef, PartitionRef
+from raysys.errors import EmptyPlanError
+from raysys.ledger.records import FileRef, PartitionRef, SetAside
 from raysys.ledger.state import State
-from raysys.partitions.discover import Discovered
+from raysys.partitions.changes import compare, settle_changes
+from raysys.partitions.discover import EVERYTHING, Discovered, PartitionRange
 from raysys.partitions.layout import (
     EVENTS,
+    EXPECTED,
     QUARANTINE,
-    SERVED_FILES,
     STAGING,
     STATE,
     VERSIONS,
-    partition_date,
+    label_date,
+    label_order,
+    partition_label,
+    partition_span,
+    path_day,
 )
 
-_DAY_S = 86_400.0
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UpdatePlan:
     """What one update reads, and what it starts from."""
 
     partitions: tuple[PartitionRef, ...]
-    """By date, each with those of its files that no update consumed. Never empty."""
+    """By the end of their time, each with those of its files that are read. Never empty."""
     item_files: tuple[FileRef, ...]
     """New ones, and those written anew: upserts may be read again."""
+    set_aside: tuple[SetAside, ...] = ()
+    """What is left out for good."""
     base_version: str | None
     base_state: str | None
     """The update whose `state/` this one starts from."""
     watermark: str
-    """The newest partition date consumed after this update, YYYY-MM-DD."""
+    """The newest partition consumed after this update, YYYY-MM-DD or YYYY-MM-DDTHH."""
     num_open: int
-    """Partitions left out because their day had not ended for `closed_after_s`."""
+    """Partitions left out because their time had not ended for `closed_after_s`."""
+    num_left: int = 0
+    """New partitions left for later updates by `max_partitions`."""
 
     @property
     def files(self) -> tuple[FileRef, ...]:
         """All event files, by partition."""
         return tuple(file for partition in self.partitions for file in partition.files)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all event files."""
+        return sum(file.size_bytes for file in self.files)
 
-def plan_update(found: Discovered, state: State, config: PartitionConfig, now: float) -> UpdatePlan:
-    """Plans the oldest unconsumed partitions whose day is over.
 
-    Files of a consumed partition that are gone are no matter: shops delete old data.
+def range_to_list(
+    state: State, config: PartitionConfig, within: PartitionRange = EVERYTHING
+) -> PartitionRange:
+    """Returns the days that have to be listed for a plan: all, or those since the horizon."""
+    if within.first is not None:
+        return within
+    return dataclasses.replace(within, first=_horizon(state, config))
+
+
+def plan_update(
+    found: Discovered,
+    state: State,
+    config: PartitionConfig,
+    now: float,
+    within: PartitionRange = EVERYTHING,
+) -> UpdatePlan:
+    """Plans the oldest unconsumed partitions whose time is over.
 
     Args:
+      found: All that lies in `range_to_list`; what lies outside is not looked at.
       now: UNIX seconds.
+      within: Restricts what is read, set aside and compared.
 
     Raises:
-      PartitionChangedError: A consumed partition got late files of the shop or rewritten ones, and
-        the config says `fail`. What replicas wrote is complete file by file, and never late.
-      EmptyPlanError: Nothing is new.
+      PartitionChangedError: A partition is late, rewritten, vanished or empty, and the config says
+        `fail` of that.
+      EmptyPlanError: There is nothing to read.
     """
-    closed = [p for p in found.partitions if _closes_at(p, config) <= now]
-    if config.rewritten_files == "fail":
-        _refuse_rewritten(found, state)
-    new = [_unconsumed(partition, state) for partition in closed]
-    if config.late_files == "fail":
-        _refuse_late(new, state)
-    partitions = tuple(partition for partition in new if partition.files)
-    if config.max_partitions:
-        partitions = partitions[: config.max_partitions]
-    num_open = len(found.partitions) - len(closed)
+    view = range_to_list(state, config, within)
+    seen = _in_range(found.partitions, view)
+    closed = _closed(seen, config, now)
+    since = _horizon(state, config)
+    changes = compare(
+        seen, closed, state, config, view=view, since=since.isoformat() if since else ""
+    )
+    set_aside = settle_changes(changes, state, config)
+    limit = within.max_partitions or config.max_partitions or len(changes.to_read)
+    partitions = tuple(changes.to_read[:limit])
+    num_open = len(seen) - len(closed)
     if not partitions:
-        raise EmptyPlanError(_explain_empty(found, state, num_open))
-    newest = partition_date(partitions[-1].key).isoformat()
+        raise EmptyPlanError(_explain_empty(found, seen, state, num_open, len(set_aside)))
+    if limit < len(changes.to_read):
+        # The watermark must not pass what is left for a later update.
+        set_aside = _without_empty_after(partitions[-1].key, set_aside)
     return UpdatePlan(
         partitions=partitions,
         item_files=tuple(
             file for file in found.item_files if state.consumed_item_files.get(file.path) != file
         ),
+        set_aside=set_aside,
         base_version=state.head_version,
         base_state=state.head_state,
-        watermark=max(newest, state.watermark or newest),
+        watermark=watermark_after(partitions, set_aside, state.watermark),
         num_open=num_open,
+        num_left=len(changes.to_read) - len(partitions),
+    )
+
+
+def watermark_after(
+    partitions: Iterable[PartitionRef], set_aside: Iterable[SetAside], before: str | None
+) -> str:
+    """Returns the label of the newest partition that is consumed after an update.
+
+    Args:
+      before: The watermark before it.
+    """
+    empty = (aside.path for aside in set_aside if aside.kind == "empty")
+    labels = [partition_label(key) for key in (*(p.key for p in partitions), *empty)]
+    return max([*labels, *([before] if before else [])], key=label_order)
+
+
+def _horizon(state: State, config: PartitionConfig) -> datetime.date | None:
+    """Returns the first day that is still listed and compared; None for all."""
+    if not config.check_back_days or state.watermark is None:
+        return None
+    newest = label_date(state.watermark).toordinal()
+    return datetime.date.fromordinal(max(newest - config.check_back_days, 1))
+
+
+def _in_range(partitions: Sequence[PartitionRef], view: PartitionRange) -> Sequence[PartitionRef]:
+    if view.first is None and view.last is None:
+        return partitions
+    return [partition for partition in partitions if view.has(path_day(partition.key))]
+
+
+def _closed(
+    partitions: Sequence[PartitionRef], config: PartitionConfig, now: float
+) -> Sequence[PartitionRef]:
+    end = bisect.bisect_right(
+        partitions, now - config.closed_after_s, key=lambda p: partition_span(p.key)[1]
+    )
+    return partitions[:end]
+
+
+def _without_empty_after(key: str, set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:
+    last = label_order(partition_label(key))
+    return tuple(
+        aside
+        for aside in set_aside
+        if aside.kind != "empty" or label_order(partition_label(aside.path)) <= last
     )
 
 
@@ -113,58 +193,14 @@ def _is_orphan(state: State, folder: str) -> bool:
     return parent in (STATE, QUARANTINE) and name != active and name not in state.kept_updates
 
 
-def _closes_at(partition: PartitionRef, config: PartitionConfig) -> float:
-    day = partition_date(partition.key)
-    midnight = datetime.datetime.combine(day, datetime.time(), datetime.UTC).timestamp()
-    return midnight + _DAY_S + config.closed_after_s
-
-
-def _unconsumed(partition: PartitionRef, state: State) -> PartitionRef:
-    files = tuple(file for file in partition.files if file.path not in state.consumed_files)
-    return PartitionRef(key=partition.key, files=files)
-
-
-def _refuse_rewritten(found: Discovered, state: State) -> None:
-    files = [file for partition in found.partitions for file in partition.files]
-    changed = [file for file in files if state.consumed_files.get(file.path, file) != file]
-    if changed:
-        raise PartitionChangedError(
-            f"{changed[0].path}{_more(len(changed))} was consumed and then written anew; put the "
-            "old content back, or set partitions.rewritten_files: ignore to keep what was trained "
-            "on"
-        )
-
-
-def _refuse_late(new: Iterable[PartitionRef], state: State) -> None:
-    late = [
-        (p.key, file.path)
-        for p in new
-        if p.key in state.consumed_partitions
-        for file in p.files
-        if not file.path.rpartition("/")[2].startswith(SERVED_FILES)
-    ]
-    if late:
-        key, path = late[0]
-        raise PartitionChangedError(
-            f"{path}{_more(len(late))} came after update "
-            f"{state.consumed_partitions[key]} consumed {key}; set "
-            "partitions.late_files: consume to train on just the late files, or move them away"
-        )
-
-
-def _more(num_files: int) -> str:
-    return f" (and {num_files - 1} more)" if num_files > 1 else ""
-
-
-def _explain_empty(found: Discovered, state: State, num_open: int) -> str:
-    num_known = len(found.partitions)
-    if num_known == 0:
-        return (
-            f"nothing below {found.root_uri}/{EVENTS}; write parquet files to "
-            f"{EVENTS}/dt=YYYY-MM-DD/"
-        )
+def _explain_empty(
+    found: Discovered, seen: Sequence[PartitionRef], state: State, num_open: int, num_aside: int
+) -> str:
+    if not seen and not state.consumed_partitions:
+        return f"nothing below {found.root_uri}/{EVENTS}; write parquet files to {EXPECTED}"
     consumed = f"all consumed up to {state.watermark}" if state.watermark else "none consumed"
+    aside = f"; {num_aside} to set aside, with the next update that reads something"
     return (
-        f"nothing new below {found.root_uri}: {num_known} partitions known, {consumed}; "
-        f"{num_open} still open"
+        f"nothing new below {found.root_uri}: {len(seen)} partitions known, {consumed}; "
+        f"{num_open} still open{aside if num_aside else ''}"
     )

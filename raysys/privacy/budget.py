@@ -1,6 +1,7 @@
 """The budget of a model's whole life, folded from the ledger.
 
-    State.spends + the reservation of one more update -> check_reservation() | report_budget()
+    State.spends + reservations of further updates -> check_reservation() | forecast()
+    State.spends -> report_budget()
 
 A started update counts in full from its reservation on. If it commits, what it spent replaces
 the reservation; if it is abandoned, the reservation stays: noised gradients may have left the
@@ -10,6 +11,7 @@ process, and nobody can prove that they did not.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from raysys.config import PrivacyConfig
 from raysys.errors import BudgetExhaustedError
@@ -54,17 +56,55 @@ def spent_epsilon(state: State, delta: float) -> float:
     return epsilon([spend for _, spend, _ in state.spends], delta)
 
 
-def check_reservation(state: State, reserved: PrivacySpend, config: PrivacyConfig) -> float:
-    """Returns the epsilon after one more update of that spend.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What further updates would spend, and what the figures mean."""
+
+    epsilon_spent: float
+    """So far, running and abandoned updates included."""
+    epsilon_alone: float
+    """Of the further updates by themselves."""
+    epsilon_after: float
+    epsilon_left: float
+    """After them; negative if they would be refused."""
+    epsilon_total: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+
+
+def forecast(state: State, further: Sequence[PrivacySpend], config: PrivacyConfig) -> Forecast:
+    """Returns what further updates of these spends would bring epsilon to."""
+    spends = [spend for _, spend, _ in state.spends]
+    after = epsilon([*spends, *further], config.delta)
+    return Forecast(
+        epsilon_spent=epsilon(spends, config.delta),
+        epsilon_alone=epsilon(further, config.delta),
+        epsilon_after=after,
+        epsilon_left=config.epsilon_total - after,
+        epsilon_total=config.epsilon_total,
+        delta=config.delta,
+        unit=UNIT,
+        relation=RELATION,
+        accountant=ACCOUNTANT,
+    )
+
+
+def check_reservation(
+    state: State, further: Sequence[PrivacySpend], config: PrivacyConfig
+) -> float:
+    """Returns the epsilon after further updates of these spends.
 
     Raises:
       BudgetExhaustedError: It would exceed `epsilon_total`.
     """
     spends = [spend for _, spend, _ in state.spends]
-    after = epsilon([*spends, reserved], config.delta)
+    after = epsilon([*spends, *further], config.delta)
     if after > config.epsilon_total:
+        what = "this update" if len(further) == 1 else f"these {len(further)} updates"
         raise BudgetExhaustedError(
-            f"this update would bring epsilon to {after:.3f} of privacy.epsilon_total "
+            f"{what} would bring epsilon to {after:.3f} of privacy.epsilon_total "
             f"{config.epsilon_total:g} (spent {epsilon(spends, config.delta):.3f}, delta "
             f"{config.delta:g}, unit: a {UNIT}); nothing was read or spent: train fewer steps, "
             "with more noise, or decide on a larger budget"

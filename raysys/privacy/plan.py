@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from opacus.optimizers import DistributedDPOptimizer
 
 from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend
 from raysys.privacy.sampling import PoissonSampler
+from raysys.privacy.spend import mechanisms
 
 NO_CLIP_NORM = torch.finfo(torch.float32).max
 """Finite: Opacus multiplies it by the noise multiplier, and 0 times infinity is not 0."""
@@ -37,13 +39,7 @@ class PrivacyPlan:
         """Plans an update from the config and from what is known before any data is read."""
         return cls(
             enabled=config.enabled,
-            spend=PrivacySpend(
-                num_steps=num_steps,
-                sampling_prob=config.sampling_prob,
-                noise_multiplier=config.noise_multiplier,
-                num_count_releases=num_count_releases,
-                count_noise_multiplier=config.count_noise_multiplier,
-            ),
+            spend=mechanisms(config, num_steps=num_steps, num_count_releases=num_count_releases),
             l2_clip_norm=config.l2_clip_norm,
             expected_batch_users=config.expected_batch_users,
         )
@@ -53,12 +49,25 @@ class PrivacyPlan:
         """What the ledger is charged, None without privacy."""
         return self.spend if self.enabled else None
 
-    def sampler(self, num_users: int) -> PoissonSampler:
+    def rng(self, seed: int, world_rank: int) -> np.random.Generator:
+        """Returns the generator of a worker's draws.
+
+        Under privacy it comes from the operating system's entropy, whatever the seed: a seed that
+        ranks share would give them the same masks, and one that is known would undo the
+        amplification by sampling. Without privacy it comes from the seed, so that an update can be
+        replayed.
+        """
+        return (
+            np.random.default_rng() if self.enabled else np.random.default_rng([seed, world_rank])
+        )
+
+    def sampler(self, num_users: int, rng: np.random.Generator) -> PoissonSampler:
         """Returns the sampler of a worker that holds `num_users` users."""
         return PoissonSampler(
             num_users=num_users,
             num_steps=self.spend.num_steps,
             sampling_prob=self.spend.sampling_prob,
+            rng=rng,
         )
 
     def optimizer(

@@ -23,13 +23,12 @@ class PoissonSampler:
     num_users: int
     num_steps: int
     sampling_prob: float
+    rng: np.random.Generator
+    """Of this worker alone: `PrivacyPlan.rng`."""
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        # From the operating system's entropy: a seed that ranks share would give them the same
-        # masks, and one that is known would undo the amplification by sampling.
-        rng = np.random.default_rng()
         for _ in range(self.num_steps):
-            yield np.flatnonzero(rng.random(self.num_users) < self.sampling_prob)
+            yield np.flatnonzero(self.rng.random(self.num_users) < self.sampling_prob)
 
     def __len__(self) -> int:
         return self.num_steps

@@ -26,9 +26,10 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from raysys.errors import ArtifactError
-from raysys.ingest.examples import NUM_ATTENDED, history_slices
+from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import FloatArray, IndexArray, ItemTable, UserHistory, features
-from raysys.ingest.pipeline import load_histories
+from raysys.ingest.history import history_slices
+from raysys.ingest.shard_state import load_histories
 from raysys.ingest.stats import load_item_state
 from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256

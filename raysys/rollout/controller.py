@@ -112,17 +112,12 @@ class Control:
         if view.canary is None or view.rollout_id is None:
             self._counts = None
         elif self._counts is None or self._counts.rollout_id != view.rollout_id:
-            self._started_at = await asyncio.to_thread(self._start_time, view.rollout_id)
+            assert state.rollout_started_at is not None
+            self._started_at = state.rollout_started_at
             self._counts, self._measurement = RolloutCounts(view.rollout_id), None
         async with self._changed:
             self._view = view
             self._changed.notify_all()
-
-    def _start_time(self, rollout_id: str) -> float:
-        for entry in self._log.entries():
-            if isinstance(entry.record, RolloutChanged) and entry.record.rollout_id == rollout_id:
-                return entry.at
-        raise AssertionError(f"{rollout_id} is in the state, so it is in the ledger")
 
     async def _judge(self, counts: RolloutCounts) -> None:
         self._measurement = judge(*counts.totals(), self._config)

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raysys.errors import RootError
 from raysys.storage.store import TEMP, ObjectInfo
@@ -33,9 +33,20 @@ class LocalStore:
         with self._reported("read", path):
             return (self._base / path).read_bytes()
 
+    def open_input(self, path: str) -> BinaryIO:
+        with self._reported("read", path):
+            return (self._base / path).open("rb")
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         with self._reported("list", prefix):
             return list(self._walk(self._base / prefix))
+
+    def list_names(self, folder: str, after: str) -> builtins.list[str]:
+        with self._reported("list", folder):
+            if not self._is_folder(self._base / folder):
+                return []
+            with os.scandir(self._base / folder) as children:
+                return [c.name for c in children if c.name > after and c.is_file()]
 
     def list_folders(self, prefix: str) -> builtins.list[str]:
         with self._reported("list", prefix):

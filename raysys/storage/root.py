@@ -12,29 +12,33 @@ import re
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raysys.errors import RootError, StorageUnavailableError
 from raysys.storage.local import LocalStore
-from raysys.storage.s3 import S3Store
+from raysys.storage.patience import Patience
 from raysys.storage.store import TEMP, ObjectInfo, Store
+
+_PATIENCE = Patience()
 
 
 class Root:
     """A root URI, opened on first use in each process. Pickles as its URI, for Ray tasks.
 
     Every method raises `RootError` if the root is not usable as configured, and
-    `StorageUnavailableError` if the object store does not answer after its client's retries.
+    `StorageUnavailableError`, which names the object, if the object store did not answer for as
+    long as `patience` says.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patience: Patience = _PATIENCE) -> None:
         if not re.match(r"file:///|s3://[^/]", uri):
             raise RootError(f"root {uri!r}: expected file:///folder or s3://bucket/prefix")
         self.uri = uri.rstrip("/") if uri != "file:///" else uri
+        self._patience = patience
         self._opened: tuple[int, Store] | None = None
 
-    def __reduce__(self) -> tuple[type[Root], tuple[str]]:
-        return Root, (self.uri,)
+    def __reduce__(self) -> tuple[type[Root], tuple[str, Patience]]:
+        return Root, (self.uri, self._patience)
 
     def __repr__(self) -> str:
         return f"Root({self.uri!r})"
@@ -47,10 +51,27 @@ class Root:
         """
         return self._store.read_bytes(_checked(path))
 
+    def open_input(self, path: str) -> BinaryIO:
+        """Returns an object as a seekable file, for `pyarrow.parquet.ParquetFile`. Close it.
+
+        Nothing is read ahead, so a parquet file costs its footer and the columns that are read.
+
+        Raises:
+          FileNotFoundError: There is none.
+        """
+        return self._store.open_input(_checked(path))
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         """Returns all objects below the folder `prefix`, at any depth, sorted by path."""
         found = self._store.list(_checked(prefix, may_be_root=True))
         return sorted(found, key=lambda info: info.path)
+
+    def list_names(self, folder: str, after: str = "") -> builtins.list[str]:
+        """Returns the sorted names, greater than `after`, of the objects right in a folder.
+
+        Of a folder of 100,000 objects it asks the store only for those that come after.
+        """
+        return sorted(self._store.list_names(_checked(folder), after))
 
     def list_folders(self, prefix: str) -> builtins.list[str]:
         """Returns the sorted names of the immediate child folders of the folder `prefix`."""
@@ -101,13 +122,16 @@ class Root:
     @property
     def _store(self) -> Store:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _open(self.uri))
+            self._opened = (os.getpid(), _open(self.uri, self._patience))
         return self._opened[1]
 
 
-def _open(uri: str) -> Store:
+def _open(uri: str, patience: Patience) -> Store:
     if uri.startswith("s3://"):
-        return S3Store(uri)
+        # A local root does not pay for loading botocore.
+        from raysys.storage.s3 import S3Store
+
+        return S3Store(uri, patience)
     return LocalStore(uri, Path(urllib.parse.unquote(uri.removeprefix("file://"))))
 
 

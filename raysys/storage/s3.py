@@ -1,172 +1,219 @@
-"""A bucket's prefix as a root: `If-None-Match: *`, through s3fs."""
+"""A bucket's prefix as a root: `If-None-Match: *`, through botocore.
+
+    Root -> S3Store._ask -> botocore, which asks once -> s3_errors.may_pass -> ask again
+
+There is one layer of retries, here: botocore's own is off, since layers multiply. An operation
+whose retries are used up raises `StorageUnavailableError` with the object's name.
+"""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
 import functools
+import logging
 import os
+import random
+import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar, cast
 
-from raysys.errors import RootError, StorageUnavailableError
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from raysys.errors import RootError
+from raysys.storage.patience import Patience
+from raysys.storage.ranges import RangeReader
+from raysys.storage.s3_errors import ERRORS, LOST_RACE, code_of, explain, may_pass
 from raysys.storage.store import TEMP, ObjectInfo
 
-_CREATE_ATTEMPTS = 5
+_logger = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
+
+_MAX_CONNECTIONS = 32
+"""At once from one process: the ledger reads with 16 threads."""
+_MAX_KEYS_PER_DELETE = 1000
+"""S3's own limit."""
+_TELL_FROM_S = 1.0
+"""Shorter delays are not logged: any busy store makes some."""
+_TOKEN = "raysys-write"
+"""Metadata by which a writer knows its own object again."""
 
 
-@functools.lru_cache(maxsize=4)
-def _s3_filesystem(pid: int, settings: frozenset[tuple[str, str]]) -> Any:
-    """Returns this process's client for these AWS settings: making one takes 0.2 s.
-
-    No listing is cached, since other processes write below the root too.
-    """
-    import s3fs
-
-    # fsspec's own cache of instances does not know that the settings may change.
-    return s3fs.S3FileSystem(
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        config_kwargs={"connect_timeout": 10},
+@functools.lru_cache(maxsize=8)
+def _client(pid: int, settings: frozenset[tuple[str, str]], patience: Patience) -> Any:
+    """Returns this process's client for these AWS settings: making one takes 0.1 s."""
+    config = Config(
+        connect_timeout=patience.connect_timeout_s,
+        read_timeout=patience.read_timeout_s,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=_MAX_CONNECTIONS,
     )
+    return botocore.session.get_session().create_client("s3", config=config)
+
+
+def _aws_settings() -> frozenset[tuple[str, str]]:
+    return frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
 
 
 class S3Store:
-    """A bucket's prefix, through s3fs."""
+    """A bucket's prefix. Paths are relative to it, keys are not."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patience: Patience) -> None:
         self._uri = uri
-        self._base = uri.removeprefix("s3://").rstrip("/")
-        settings = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
-        self._fs = _s3_filesystem(os.getpid(), frozenset(settings.items()))
+        self._bucket, _, self._prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+        self._patience = patience
+        try:
+            self._s3 = _client(os.getpid(), _aws_settings(), patience)
+        except (BotoCoreError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise RootError(f"root {uri}: {text}; check the AWS settings") from error
 
     def read_bytes(self, path: str) -> bytes:
-        with self._reported(path):
-            data: bytes = self._fs.cat_file(self._full(path))
-            return data
+        return self._get(path)
+
+    def open_input(self, path: str) -> BinaryIO:
+        head = self._head(path)
+        if head is None:
+            raise FileNotFoundError(f"{self._uri}/{path}")
+        # All ranges must be of the object that was opened.
+        same = {"IfMatch": head["ETag"]}
+        return cast(
+            BinaryIO,
+            RangeReader(
+                head["ContentLength"],
+                lambda start, stop: self._get(path, Range=f"bytes={start}-{stop - 1}", **same),
+            ),
+        )
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
-        with self._reported(prefix):
-            found = self._fs.find(self._full(prefix), detail=True).values()
-        start = f"{self._full(prefix)}/"
         return [
-            self._info(entry)
-            for entry in found
-            if entry["name"].startswith(start)
-            and not entry["name"].endswith("/")
-            and not entry["name"].startswith(f"{self._base}/{TEMP}/")
+            ObjectInfo(path=path, size_bytes=entry["Size"], etag=entry["ETag"].strip('"'))
+            for page in self._pages(prefix)
+            for entry in page.get("Contents", [])
+            if not (path := self._path(entry["Key"])).endswith("/")
+            and not path.startswith(f"{TEMP}/")
         ]
 
+    def list_names(self, folder: str, after: str) -> builtins.list[str]:
+        start = self._folder(folder)
+        settings = {"StartAfter": start + after} if after else {}
+        names = (
+            entry["Key"].removeprefix(start)
+            for page in self._pages(folder, Delimiter="/", **settings)
+            for entry in page.get("Contents", [])
+        )
+        return [name for name in names if name]
+
     def list_folders(self, prefix: str) -> builtins.list[str]:
-        try:
-            with self._reported(prefix):
-                found = self._fs.ls(self._full(prefix), detail=True, refresh=True)
-        except FileNotFoundError:
-            return []
-        names = [e["name"].rpartition("/")[2] for e in found if e["type"] == "directory"]
+        start = len(self._folder(prefix))
+        names = [
+            entry["Prefix"][start:].rstrip("/")
+            for page in self._pages(prefix, Delimiter="/")
+            for entry in page.get("CommonPrefixes", [])
+        ]
         return [name for name in names if prefix or name != TEMP]
 
     def exists(self, path: str) -> bool:
         return self._head(path) is not None
 
     def put(self, path: str, data: bytes) -> None:
-        with self._reported(path):
-            self._fs.pipe_file(self._full(path), data)
+        self._ask(path, lambda: self._s3.put_object(**self._object(path), Body=data))
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         token = uuid.uuid4().hex
-        for attempt in range(_CREATE_ATTEMPTS):
-            with self._reported(path):
-                try:
-                    self._fs.pipe_file(
-                        self._full(path), data, mode="create", Metadata={"raysys-write": token}
-                    )
-                    return True
-                except OSError as error:
-                    code = _aws_code(error)
-                    if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412"):
-                        break
-                    # S3 could not tell who came first: nothing was written, ask again.
-                    last = attempt == _CREATE_ATTEMPTS - 1
-                    if last or code not in ("ConditionalRequestConflict", "409"):
-                        raise
-        # The client repeats a request whose answer was lost, and then finds its own object.
+        request = {**self._object(path), "Body": data, "Metadata": {_TOKEN: token}}
+        if self._ask(path, lambda: self._create(request)):
+            return True
+        # An attempt whose answer was lost may have made the object that the next one found.
         head = self._head(path)
-        return head is not None and head.get("Metadata", {}).get("raysys-write") == token
+        return head is not None and head.get("Metadata", {}).get(_TOKEN) == token
 
     def delete_prefix(self, prefix: str) -> None:
-        with self._reported(prefix):
-            self._fs.rm([*self._names_below(prefix), self._full(prefix)])
-            left = self._names_below(prefix)
-        if left:
-            raise RootError(
-                f"root {self._uri}: the object store did not delete {left[0]}; check that the "
-                "bucket's policy allows to delete"
-            )
+        keys = [e["Key"] for page in self._pages(prefix) for e in page.get("Contents", [])]
+        keys.append(self._key(prefix))
+        for start in range(0, len(keys), _MAX_KEYS_PER_DELETE):
+            batch = keys[start : start + _MAX_KEYS_PER_DELETE]
+            self._ask(prefix, functools.partial(self._delete, batch))
 
     def arrow(self) -> tuple[Any, str]:
-        import pyarrow.fs
+        from raysys.storage.s3_arrow import arrow_filesystem
 
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self._fs)), self._base
+        base = f"{self._bucket}/{self._prefix}".rstrip("/")
+        return arrow_filesystem(os.getpid(), _aws_settings(), self._patience), base
 
-    def _names_below(self, prefix: str) -> builtins.list[str]:
-        start = f"{self._full(prefix)}/"
-        return [name for name in self._fs.find(self._full(prefix)) if name.startswith(start)]
+    def _get(self, path: str, **conditions: str) -> bytes:
+        def get() -> bytes:
+            answer = self._s3.get_object(**self._object(path), **conditions)
+            # botocore compares the bytes that came with Content-Length.
+            with contextlib.closing(answer["Body"]) as body:
+                data: bytes = body.read()
+                return data
+
+        return self._ask(path, get)
+
+    def _create(self, request: dict[str, Any]) -> bool:
+        try:
+            self._s3.put_object(**request, IfNoneMatch="*")
+        except ClientError as error:
+            if code_of(error) in LOST_RACE:
+                return False
+            raise
+        return True
+
+    def _delete(self, keys: builtins.list[str]) -> None:
+        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        answer = self._s3.delete_objects(Bucket=self._bucket, Delete=wanted)
+        for problem in answer.get("Errors", []):
+            # S3 answers 200 and names what it did not delete.
+            raise ClientError({"Error": problem}, f"DeleteObjects of {problem['Key']}")
 
     def _head(self, path: str) -> dict[str, Any] | None:
-        bucket, key, _ = self._fs.split_path(self._full(path))
         try:
-            with self._reported(path):
-                head: dict[str, Any] = self._fs.call_s3("head_object", Bucket=bucket, Key=key)
-                return head
+            head: dict[str, Any] = self._ask(
+                path, lambda: self._s3.head_object(**self._object(path))
+            )
         except FileNotFoundError:
             return None
+        return head
 
-    def _full(self, path: str) -> str:
-        return f"{self._base}/{path}" if path else self._base
+    def _pages(self, prefix: str, **settings: str) -> Iterator[dict[str, Any]]:
+        request = {"Bucket": self._bucket, "Prefix": self._folder(prefix), **settings}
+        while True:
+            page = self._ask(prefix, functools.partial(self._s3.list_objects_v2, **request))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _info(self, entry: dict[str, Any]) -> ObjectInfo:
-        return ObjectInfo(
-            path=entry["name"].removeprefix(f"{self._base}/"),
-            size_bytes=entry["size"],
-            etag=entry["ETag"].strip('"'),
-        )
+    def _ask(self, path: str, request: Callable[[], _Answer]) -> _Answer:
+        """Sends a request until it is answered, refused, or patience is at its end."""
+        began = time.monotonic()
+        num_attempts = 0
+        while True:
+            num_attempts += 1
+            try:
+                return request()
+            except ERRORS as error:
+                delay_s = self._patience.delay_s(num_attempts, random.random())
+                waited_s = time.monotonic() - began + delay_s
+                if not may_pass(error) or waited_s > self._patience.give_up_after_s:
+                    raise explain(error, self._uri, path, num_attempts) from error
+                if delay_s >= _TELL_FROM_S:
+                    text = " ".join(str(error).split())
+                    _logger.warning("%s/%s: %s; will ask again", self._uri, path, text)
+            time.sleep(delay_s)
 
-    @contextlib.contextmanager
-    def _reported(self, path: str) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError
+    def _object(self, path: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._key(path)}
 
-        try:
-            yield
-        except (OSError, BotoCoreError) as error:
-            raise _s3_error(error, self._uri, path) from error
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}" if self._prefix else path
 
+    def _folder(self, prefix: str) -> str:
+        return f"{key}/" if (key := self._key(prefix).rstrip("/")) else ""
 
-def _aws_code(error: BaseException) -> str:
-    response = getattr(error.__cause__ or error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
-
-
-def _s3_error(error: Exception, uri: str, path: str) -> Exception:
-    from botocore import exceptions as aws
-
-    code, text = _aws_code(error), " ".join(str(error).split())
-    if code == "NoSuchBucket":
-        return RootError(f"root {uri}: the bucket does not exist; create it or correct `root`")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{uri}/{path}")
-    no_access = (PermissionError, aws.NoCredentialsError, aws.PartialCredentialsError)
-    if isinstance(error, no_access):
-        return RootError(
-            f"root {uri}: no access to {path or 'it'} ({text}); check the AWS credentials and the "
-            "bucket's policy (get, put, list and delete are needed)"
-        )
-    silent = (TimeoutError, ConnectionError, aws.HTTPClientError, aws.ConnectionError)
-    if isinstance(error, silent) or getattr(error, "errno", None) in (errno.EBUSY, errno.EREMOTEIO):
-        return StorageUnavailableError(
-            f"{uri}/{path}: the object store did not answer ({text or type(error).__name__}); "
-            "check AWS_ENDPOINT_URL, or try again later"
-        )
-    return RootError(f"root {uri}: the object store refused {path or 'it'} ({text})")
+    def _path(self, key: str) -> str:
+        return key.removeprefix(self._folder(""))

@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 
 from raysys.config import ModelConfig, TrainConfig
 from raysys.errors import PrivacyError
-from raysys.ingest.examples import ExampleSet
+from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.model.encoder import TextEncoder, TokenActivations
-from raysys.model.losses import listwise_loss
+from raysys.model.losses import LOSSES
 from raysys.model.merge import interpolate, merge_lora
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import Head
@@ -92,11 +92,12 @@ def train_on_shards(
     if job.adapted_weight is not None:
         dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy())
     torch.seed()  # whatever is drawn from here on differs by rank and by run
+    rng = job.plan.rng(job.seed, torch.distributed.get_rank())
     tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
     module = RankerModule(tower, HeadModule(job.head))
     text_before = tower.embed_all()
-    batches = _Batches(shards, job, text_before, query_text)
-    losses = _run_steps(job, module, batches, num_workers=num_workers, on_step=on_step)
+    batches = _Batches(shards, job, text_before, query_text, rng)
+    losses = _run_steps(job, module, batches, rng, num_workers=num_workers, on_step=on_step)
 
     with torch.no_grad():
         tower.lora_b.mul_(job.train.alpha)
@@ -117,6 +118,7 @@ def _run_steps(
     job: TrainJob,
     module: RankerModule,
     batches: _Batches,
+    rng: np.random.Generator,
     *,
     num_workers: int,
     on_step: Callable[[int], None],
@@ -128,12 +130,12 @@ def _run_steps(
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / num_steps, 0))
     optimizer = job.plan.optimizer(adam, num_workers=num_workers)
     losses: list[float] = []
-    for step, users in enumerate(job.plan.sampler(batches.num_users)):
+    for step, users in enumerate(job.plan.sampler(batches.num_users, rng)):
         parts = np.array_split(users, max(-(-len(users) // job.train.microbatch_users), 1))
         for i, part in enumerate(parts):
             optimizer.zero_grad(set_to_none=True)
             if len(part):
-                losses.extend(_backward(module, batches.take(part)))
+                losses.extend(_backward(module, batches.take(part), job.train.loss))
                 require_per_user_gradients(zip(names, parameters, strict=True), len(part))
             else:
                 set_empty_gradients(parameters)
@@ -147,9 +149,9 @@ def _run_steps(
     return losses
 
 
-def _backward(module: RankerModule, batch: dict[str, torch.Tensor]) -> list[float]:
-    gains, log_q, valid = (batch.pop(name) for name in ("gains", "log_q", "valid"))
-    loss = listwise_loss(module(**batch), gains, log_q, valid)
+def _backward(module: RankerModule, batch: dict[str, torch.Tensor], loss_name: str) -> list[float]:
+    labels = {name: batch.pop(name) for name in ("gains", "weight", "log_q", "valid")}
+    loss = LOSSES[loss_name](module(**batch), **labels)
     loss.sum().backward()  # type: ignore[no-untyped-call]
     return list(loss.detach().tolist())
 
@@ -184,12 +186,13 @@ class _Batches:
         job: TrainJob,
         text_before: torch.Tensor,
         query_text: dict[str, torch.Tensor],
+        rng: np.random.Generator,
     ) -> None:
         self._shards, self._text = shards, text_before
         self._text_of_item = job.text_of_item
         self._requests_per_step = job.train.requests_per_step
         self._rows = list(_rows_of_users(shards))
-        self._rng = np.random.default_rng()
+        self._rng = rng
         self._query_text = query_text
 
     @property
@@ -204,10 +207,13 @@ class _Batches:
             name: np.stack(
                 [_padded(getattr(self._shards[s], name)[r], num_requests) for s, r in rows]
             )
-            for name in ("candidates", "gains", "log_q", "features", "attended", "attention")
-        }
-        # A padded request repeats the first one, with no gain and hence no loss or gradient.
+            for name in (
+                "candidates", "gains", "weight", "log_q", "features", "attended", "attention",
+            )
+        }  # fmt: skip
+        # A padded request repeats the first one, with no candidate and hence no loss or gradient.
         for user, (_, chosen) in enumerate(rows):
+            fields["candidates"][user, len(chosen) :] = -1
             fields["gains"][user, len(chosen) :] = 0.0
         candidates = fields["candidates"]
         text_index = torch.from_numpy(self._text_of_item[candidates].astype(np.int64))
@@ -217,6 +223,7 @@ class _Batches:
             "history_text": self._history_text(fields["attended"], fields["attention"]),
             "query_text": self._query_texts(rows, num_requests),
             "gains": torch.from_numpy(fields["gains"]),
+            "weight": torch.from_numpy(fields["weight"]),
             "log_q": torch.from_numpy(fields["log_q"]),
             "valid": torch.from_numpy(candidates >= 0),
         }

@@ -21,7 +21,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load_file, save_file
 
-from raysys.ingest.examples import ExampleSet
+from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray
 from raysys.ingest.pipeline import examples_path
 from raysys.model.encoder import adapted_module_name, cache_folder, load_cached

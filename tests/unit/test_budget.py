@@ -35,7 +35,7 @@ def with_updates(num: int) -> State:
 
 
 def test_an_update_within_the_budget_is_told_what_it_will_have_spent() -> None:
-    after = check_reservation(with_updates(1), SPEND, CONFIG)
+    after = check_reservation(with_updates(1), [SPEND], CONFIG)
     assert after == pytest.approx(epsilon([SPEND, SPEND], CONFIG.delta))
     assert after > spent_epsilon(with_updates(1), CONFIG.delta) > 0
 
@@ -45,14 +45,14 @@ def test_the_update_that_would_exceed_the_budget_is_refused_with_the_numbers() -
     spent, after = (epsilon([SPEND] * num, CONFIG.delta) for num in (2, 3))
     tight = dataclasses.replace(CONFIG, epsilon_total=(spent + after) / 2)
     with pytest.raises(BudgetExhaustedError) as refused:
-        check_reservation(state, SPEND, tight)
+        check_reservation(state, [SPEND], tight)
     text = str(refused.value)
     assert f"to {after:.3f} of privacy.epsilon_total {tight.epsilon_total:g}" in text
     assert f"(spent {spent:.3f}, delta 0.0001, unit: a user)" in text
     assert "\n" not in text
 
     wide = dataclasses.replace(CONFIG, epsilon_total=after)
-    assert check_reservation(state, SPEND, wide) == after, "the bound itself may be reached"
+    assert check_reservation(state, [SPEND], wide) == after, "the bound itself may be reached"
 
 
 def test_a_budget_that_forgets_abandoned_updates_would_let_it_pass() -> None:
@@ -63,8 +63,8 @@ def test_a_budget_that_forgets_abandoned_updates_would_let_it_pass() -> None:
     after = epsilon([SPEND] * 4, CONFIG.delta)
     tight = dataclasses.replace(CONFIG, epsilon_total=after * 0.99)
     with pytest.raises(BudgetExhaustedError):
-        check_reservation(folded(*records), SPEND, tight)
-    assert check_reservation(State(), SPEND, tight) < tight.epsilon_total
+        check_reservation(folded(*records), [SPEND], tight)
+    assert check_reservation(State(), [SPEND], tight) < tight.epsilon_total
 
 
 def test_an_abandoned_update_stays_charged_in_full() -> None:

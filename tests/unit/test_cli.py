@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from typer.testing import CliRunner, Result
 import raysys.doctor
 from raysys.cli import app
 from raysys.errors import ConfigError, StorageUnavailableError
+from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import PrivacySpend, Record
 from raysys.storage import Root
 from tests.helpers import SPEND, abandoned, committed, partition, started, write_config
+from tests.update_shop import contents
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 METRICS = {"before": {"ndcg10": {"mean": 0.3}}, "after": {"ndcg10": {"mean": 0.3125}}}
@@ -111,21 +114,110 @@ class TestStatus:
             assert "Updates: u0001-aaaaaa" in text(local_config, command)
 
 
+@pytest.fixture
+def counted_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composes by counting steps: the accountant has tests of its own, and takes seconds."""
+
+    def count(spends: Iterable[PrivacySpend], delta: float) -> float:
+        return float(sum(spend.num_steps for spend in spends)) / 10
+
+    monkeypatch.setattr("raysys.privacy.budget.epsilon", count)
+
+
+@pytest.mark.usefixtures("counted_epsilon")
 class TestPlan:
+    DAYS = ("events/dt=2017-03-01", "events/dt=2017-03-02", "events/dt=2017-03-03/hour=05")
+
+    @pytest.fixture
+    def shop(self, local_root: Root) -> Root:
+        """A root with three partitions and a catalogue that nobody has read."""
+        for key in self.DAYS:
+            local_root.put(f"{key}/a.parquet", b"x" * 10)
+        local_root.put("items/a.parquet", b"")
+        return local_root
+
     def test_shows_what_is_new_and_changes_nothing(self, config: Path, root: Root) -> None:
         for day, size in (("2017-03-01", 10), ("2017-03-02", 20)):
             root.put(f"events/dt={day}/a.parquet", b"x" * size)
         root.put("items/a.parquet", b"")
-        before = root.list("")
+        before = contents(root)
         found = body(config, "plan")
-        assert [p["key"] for p in found["partitions"]] == [
-            "events/dt=2017-03-01",
-            "events/dt=2017-03-02",
-        ]
-        assert found["size_bytes"] == 30 and found["num_item_files"] == 1
+        assert [p["key"] for p in found["partitions"]] == list(self.DAYS[:2])
+        assert found["size_bytes"] == 30 and found["item_files"] == ["items/a.parquet"]
         assert found["base_version"] is None and found["watermark"] == "2017-03-02"
-        assert "2 partitions and 1 item files are new" in text(config, "plan")
-        assert root.list("") == before
+        assert found["set_aside"] == [] and found["refusal"] is None
+        shown = text(config, "plan")
+        assert "2 partitions and 1 item files are new (30 bytes), 0 partitions still" in shown
+        assert "starts     from a head set by hand and no state" in shown
+        assert contents(root) == before
+
+    def test_shows_from_where_the_update_starts_and_what_it_sets_aside(
+        self, tmp_path: Path, shop: Root
+    ) -> None:
+        extra = "partitions: {rewritten_files: quarantine, vanished_files: quarantine}\n"
+        config = write_config(tmp_path, shop.uri, extra)
+        first = dataclasses.replace(
+            FIRST, user_key_id=Pseudonymizer.from_file(tmp_path / "key").key_id
+        )
+        append(shop, first, committed(first))
+        shop.delete_prefix("events/dt=2017-03-02/a.parquet")
+        shop.put("events/dt=2017-03-02/_SUCCESS", b"")
+        found = body(config, "plan")
+        assert [p["key"] for p in found["partitions"]] == ["events/dt=2017-03-03/hour=05"]
+        assert [(a["path"], a["kind"]) for a in found["set_aside"]] == [
+            ("events/dt=2017-03-01/a.parquet", "rewritten"),
+            ("events/dt=2017-03-02/a.parquet", "vanished"),
+        ]
+        assert (found["watermark_now"], found["watermark"]) == ("2017-03-02", "2017-03-03T05")
+        shown = text(config, "plan")
+        assert "from v0001-aaaaaa and the state of u0001-aaaaaa" in shown
+        assert "set aside  events/dt=2017-03-02/a.parquet: is gone after update" in shown
+
+    def test_shows_what_is_left_for_later_updates(self, tmp_path: Path, shop: Root) -> None:
+        config = write_config(tmp_path, shop.uri, "partitions: {max_partitions: 1}\n")
+        assert body(config, "plan")["num_left"] == 2
+        assert "0 partitions still open, 2 left for later updates" in text(config, "plan")
+
+    def test_shows_what_the_update_would_spend(self, local_config: Path, shop: Root) -> None:
+        append(shop, SECOND, abandoned("u0002-bbbbbb"))
+        found = body(local_config, "plan")
+        assert found["spend"]["num_steps"] == 40 and found["spend"]["num_count_releases"] == 1
+        privacy = found["privacy"]
+        assert (privacy["epsilon_spent"], privacy["epsilon_alone"]) == (1.5, 4.0)
+        assert (privacy["epsilon_after"], privacy["epsilon_left"]) == (5.5, 2.5)
+        shown = text(local_config, "plan")
+        assert "epsilon 4.000 alone, from 1.500 to 5.500 of 8, 2.500 left" in shown
+        assert "unit: a user; neighbours: add or remove one user; delta 0.0001" in shown
+
+    def test_says_not_private_where_privacy_is_off(self, tmp_path: Path, shop: Root) -> None:
+        config = write_config(tmp_path, shop.uri, "privacy: {enabled: false}\n")
+        assert "NOT PRIVATE" in text(config, "plan")
+        assert body(config, "plan")["privacy"] is None
+
+    @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+    @pytest.mark.parametrize("cause", ["budget", "key", "catalogue"])
+    def test_ends_as_the_update_would_if_that_would_be_refused(
+        self, tmp_path: Path, shop: Root, cause: str, as_json: bool
+    ) -> None:
+        extra = "privacy: {epsilon_total: 3}\n" if cause == "budget" else ""
+        config = write_config(tmp_path, shop.uri, extra)
+        if cause == "key":
+            append(shop, THIRD, committed(THIRD))
+            config = write_config(tmp_path, shop.uri, "partitions: {vanished_files: quarantine}\n")
+        if cause == "catalogue":
+            shop.delete_prefix("items")
+        before = contents(shop)
+        result = run(config, "plan", *(["--json"] if as_json else []))
+        message = {
+            "budget": "this update would bring epsilon to 4.000 of privacy.epsilon_total 3 ",
+            "key": "pseudonyms: the keys given are 7ecd1ca3, but the histories below",
+            "catalogue": "the catalogue is empty (no item files): write item rows below",
+        }[cause]
+        assert result.exit_code == 1 and result.stderr.startswith(f"raysys: {message}")
+        assert result.stderr.count("\n") == 1 and "events/dt=2017-03-02" in result.stdout
+        if as_json:
+            assert json.loads(result.stdout)["refusal"].startswith(message)
+        assert contents(shop) == before
 
     def test_without_anything_new_is_one_line(self, config: Path, root: Root) -> None:
         assert "write parquet files to events/dt=YYYY-MM-DD/" in refusal(config, "plan")
@@ -135,17 +227,24 @@ class TestPlan:
         local_root.put("events/march/a.parquet", b"")
         assert "folder events/march" in refusal(local_config, "plan")
 
+    def test_of_a_changed_partition_is_the_updates_refusal(
+        self, local_config: Path, shop: Root
+    ) -> None:
+        append(shop, FIRST, committed(FIRST))
+        assert "a.parquet (and 1 more) was written anew" in refusal(local_config, "plan")
 
+    def test_imports_neither_ray_nor_torch(self, local_config: Path, shop: Root) -> None:
+        program = (
+            "import sys; from raysys.cli import app; app(standalone_mode=False); "
+            "print(sorted({'ray', 'torch'} & sys.modules.keys()))"
+        )
+        command = [sys.executable, "-c", program, "plan", "--config", str(local_config)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert ended.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.usefixtures("counted_epsilon")
 class TestBudget:
-    @pytest.fixture(autouse=True)
-    def _epsilon_is_the_number_of_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Composes by counting: the accountant has tests of its own, and takes seconds."""
-
-        def count(spends: list[PrivacySpend], delta: float) -> float:
-            return float(sum(spend.num_steps for spend in spends)) / 10
-
-        monkeypatch.setattr("raysys.privacy.budget.epsilon", count)
-
     def test_states_unit_relation_delta_and_accountant_even_before_the_first_update(
         self, local_config: Path
     ) -> None:
@@ -181,6 +280,12 @@ class TestVersions:
         assert second["base_version"] == "v0001-aaaaaa" and second["role"] is None
         shown = text(config, "versions")
         assert "2017-03-01..2017-03-02 (2)" in shown and "0.3125" in shown
+
+    def test_spans_hours_as_days(self, local_config: Path, local_root: Root) -> None:
+        hours = tuple(partition(f"2017-03-01T{hour}") for hour in ("05", "06"))
+        first = dataclasses.replace(FIRST, partitions=(*hours, partition("2017-02-28")))
+        append(local_root, first, committed(first))
+        assert "2017-02-28..2017-03-01T06 (3)" in text(local_config, "versions")
 
     def test_lists_a_held_update_with_its_reason(
         self, local_config: Path, local_root: Root
@@ -279,10 +384,10 @@ class TestBadInput:
     def test_a_silent_store_asks_for_a_retry_by_its_exit_code(
         self, local_config: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
     ) -> None:
-        def silent(root: Root, prefix: str) -> None:
+        def silent(root: Root, folder: str, after: str = "") -> None:
             raise StorageUnavailableError("no answer")
 
-        monkeypatch.setattr(Root, "list", silent)
+        monkeypatch.setattr(Root, "list_names", silent)
         assert refusal(local_config, *command, exit_code=75) == "raysys: no answer\n"
 
 

@@ -31,6 +31,7 @@ QUIET = tiny_shop.plan(noise_multiplier=0.0, expected_batch_users=1)
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Batch = dict[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor]
+LABELS = ("gains", "weight", "log_q", "valid")
 
 
 class Ranker:
@@ -50,8 +51,8 @@ class Ranker:
         """One backward pass of the engine: name -> (U, ...)."""
         for _, parameter in self.module.trainable():
             parameter.grad_sample = None  # type: ignore[attr-defined]
-        inputs = {k: v for k, v in batch.items() if k not in ("gains", "log_q", "valid")}
-        loss = listwise_loss(self.module(**inputs), batch["gains"], batch["log_q"], batch["valid"])
+        inputs = {k: v for k, v in batch.items() if k not in LABELS}
+        loss = listwise_loss(self.module(**inputs), **{k: batch[k] for k in LABELS})
         (loss * scale).sum().backward()
         return {name: p.grad_sample for name, p in self.module.trainable()}  # type: ignore[attr-defined]
 
@@ -61,7 +62,7 @@ class Ranker:
         rows = []
         for user in range(len(scale)):
             one = {name: value[user : user + 1] for name, value in batch.items()}
-            loss = listwise_loss(self._scores(one), one["gains"], one["log_q"], one["valid"])
+            loss = listwise_loss(self._scores(one), **{name: one[name] for name in LABELS})
             rows.append(torch.autograd.grad((loss * scale[user]).sum(), parameters))
         return {
             name: torch.stack(g) for name, g in zip(names, zip(*rows, strict=True), strict=True)
@@ -105,6 +106,7 @@ def make_batch(num_texts: int, *, seed: int = 0) -> Batch:
         "history_text": texts[:, :, 0],
         "query_text": texts[:, :, 1],
         "gains": gains,
+        "weight": torch.rand(shape, generator=generator) + 0.5,
         "log_q": torch.randn(shape, generator=generator) - 3,
         "valid": valid,
     }

@@ -10,13 +10,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from raysys.config import SchemaConfig
 from raysys.errors import ConfigError
 from raysys.ingest import completejourney
-from raysys.ingest.clean import clean_events, conform
 from raysys.ingest.completejourney import import_days, load_products, load_transactions
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.read import read_events
 from raysys.partitions.discover import discover
-from raysys.partitions.schema import EVENT_SCHEMA, ITEM_SCHEMA
+from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 
 FIRST, LAST = datetime.date(2017, 1, 10), datetime.date(2017, 1, 12)
@@ -85,12 +86,17 @@ class TestEvents:
         hasher = Pseudonymizer(b"0123456789abcdef")
         for partition in discover(imported).partitions:
             path = partition.files[0].path
-            frame = pl.read_parquet(io.BytesIO(imported.read_bytes(path)))
-            assert set(frame.columns) <= set(EVENT_SCHEMA)
-            date = datetime.date.fromisoformat(partition.key.removeprefix("events/dt="))
-            usable, refused = clean_events(conform(frame, path), hasher, date=date)
-            assert refused.is_empty()
-            assert len(usable) == len(frame) > 2000
+            date = datetime.datetime.fromisoformat(partition.key.removeprefix("events/dt="))
+            start = date.replace(tzinfo=datetime.UTC).timestamp()
+            cleaned = read_events(
+                imported.read_bytes(path),
+                path,
+                contract=SchemaConfig(added_columns="fail"),
+                pseudonymizer=hasher,
+                span=(start, start + 86_400),
+            )
+            assert cleaned.refused.is_empty()
+            assert len(cleaned.usable) > 2000
 
     def test_a_basket_is_a_request_of_one_household(self, imported: Root) -> None:
         baskets = (

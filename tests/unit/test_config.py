@@ -101,8 +101,14 @@ def test_a_config_cannot_be_changed() -> None:
         ),
         pytest.param(
             {"partitions": {"late_files": "maybe"}},
-            "partitions.late_files: expected 'fail' or 'consume', got 'maybe'",
+            "partitions.late_files: expected 'fail' or 'quarantine' or 'reprocess', got 'maybe'",
             id="unknown-choice",
+        ),
+        pytest.param(
+            {"partitions": {"vanished_files": "reprocess"}},
+            "partitions.vanished_files: expected 'fail' or 'quarantine' (what is gone cannot be "
+            "read again), got 'reprocess'",
+            id="impossible-choice",
         ),
         pytest.param(
             {"rollout": {"weight_fraction": 1.5}},
@@ -174,3 +180,41 @@ def test_every_number_of_a_section_is_validated(section: str) -> None:
         if field.type in ("int", "float") and field.name != "seed":
             with pytest.raises(ConfigError, match=rf"^{section}\.{field.name}"):
                 parse(**{section: {field.name: -5}})
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        pytest.param(
+            {"missing_columns": "default", "defaults": {"user_id": "u"}},
+            "schema.defaults: expected a column out of event_type, surface, got 'user_id'",
+            id="no-default-for-users",
+        ),
+        pytest.param(
+            {"missing_columns": "default", "defaults": {"event_type": "view"}},
+            "schema.defaults.event_type: expected impression or click or cart or purchase, got",
+            id="unknown-event-type",
+        ),
+        pytest.param(
+            {"defaults": {"event_type": "click"}},
+            "schema.missing_columns: expected 'default', since schema.defaults is set, got 'fail'",
+            id="defaults-that-nothing-uses",
+        ),
+        pytest.param(
+            {"added_columns": "drop"},
+            "schema.added_columns: expected 'ignore' or 'rescue' or 'fail', got 'drop'",
+            id="unknown-policy",
+        ),
+    ],
+)
+def test_a_schema_contract_that_cannot_hold_is_refused(
+    schema: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(schema=schema)
+    assert str(caught.value).startswith(message)
+
+
+def test_defaults_of_missing_columns_arrive() -> None:
+    config = parse(schema={"missing_columns": "default", "defaults": {"event_type": "purchase"}})
+    assert config.schema.defaults == {"event_type": "purchase"}

@@ -14,19 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from raysys.config import IngestConfig
-from raysys.ingest import examples as examples_module
-from raysys.ingest.examples import (
-    HISTORY_SCHEMA,
-    NUM_ATTENDED,
-    Case,
-    ExampleSet,
-    ShardResult,
-    build_shard,
-    history_slices,
-    merge_histories,
-    read_cases,
-)
+from raysys.config import IngestConfig, LabelConfig
+from raysys.ingest.cases import Case, read_cases
+from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
+from raysys.ingest.examples import ShardResult, ShardSettings, ShardState, build_shard
 from raysys.ingest.features import (
     DAY_S,
     FEATURE_NAMES,
@@ -35,15 +26,19 @@ from raysys.ingest.features import (
     UserHistory,
     features,
 )
+from raysys.ingest.history import HISTORY_SCHEMA, Histories, history_slices, merge_histories
+from raysys.ingest.labels import Waiting
 from raysys.ingest.pseudonym import HELD_OUT_SCHEMA
 from raysys.ingest.sample import max_candidates
 from tests.shop import (
     HALF_LIFE_S,
+    impressions,
     ingest_config,
     item_table,
     no_histories,
     outcome,
     outcomes,
+    timeline,
     user,
 )
 
@@ -69,18 +64,25 @@ def build(
     config: IngestConfig | None = None,
     seed: int = 0,
     public: list[ItemTable] | None = None,
+    ends: Sequence[float] = (END,),
     held_out: pl.DataFrame | None = None,
 ) -> ShardResult:
-    return build_shard(
-        outcomes(rows),
-        no_histories() if histories is None else histories,
-        histories_as_of=histories_as_of,
-        tables=public or tables(),
-        window_start=window_start,
-        config=config or ingest_config(),
-        seed=seed,
+    before = ShardState(
+        histories=no_histories() if histories is None else histories,
+        waiting=Waiting.nothing(),
         held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA) if held_out is None else held_out,
+        as_of=histories_as_of,
     )
+    settings = ShardSettings(
+        timeline=timeline(public or tables(), ends),
+        window_start=window_start,
+        horizon=2 * END,
+        ingest=config or ingest_config(),
+        labels=LabelConfig(),
+        needs_outcome=True,
+        seed=seed,
+    )
+    return build_shard(outcomes(rows), impressions(), before, settings)
 
 
 def example(result: ShardResult, row: int) -> dict[str, Any]:
@@ -147,9 +149,9 @@ class TestNothingLooksPastNow:
         # The negative control for "strictly before": the answer would be among the features.
         rows = [outcome(ALICE, 0, 5 * DAY_S), outcome(BOB, 1, 1.0)]
         assert _bought(build(rows)) == [0.0, 0.0]
-        honest = examples_module._Histories.at
+        honest = Histories.at
         monkeypatch.setattr(
-            examples_module._Histories,
+            Histories,
             "at",
             lambda self, who, now: honest(self, who, np.nextafter(now, np.inf)),
         )
@@ -164,8 +166,8 @@ class TestNothingLooksPastNow:
     def test_each_request_has_the_item_statistics_that_were_public_in_its_period(self) -> None:
         loud, later = item_table(NUM_ITEMS, popularity=[1e6] * NUM_ITEMS), tables()[1]
         public = [tables()[0], loud, later]
-        rows = [outcome(ALICE, 0, DAY_S, period=0), outcome(ALICE, 1, 2 * DAY_S, period=1)]
-        popularity = build(rows, public=public).examples.features[:, 0, 8]
+        rows = [outcome(ALICE, 0, DAY_S), outcome(ALICE, 1, 2 * DAY_S)]
+        popularity = build(rows, public=public, ends=[1.5 * DAY_S, END]).examples.features[:, 0, 8]
         expected = [
             features(UserHistory.empty(), public[period], np.array([period], np.int32), now=at)[
                 0, 8
@@ -180,7 +182,7 @@ class TestNothingLooksPastNow:
         late, fresh = outcome(ALICE, 0, 4 * DAY_S), outcome(ALICE, 0, 7 * DAY_S)
         result = build([late, fresh], histories=known, histories_as_of=6 * DAY_S)
         assert len(result.examples.user) == 1
-        assert result.histories["count"].to_list() == [3.0]
+        assert result.state.histories["count"].to_list() == [3.0]
         assert [case.positives.tolist() for case in cases(result)] == [[0]]
         assert cases(build([late], histories=known, histories_as_of=6 * DAY_S)) == []
 
@@ -210,7 +212,8 @@ class TestOtherUsers:
         bob = among.examples.user == 1
         assert [example(among, row) for row in np.flatnonzero(bob)] == examples(alone)
         # Up to rounding: how a vector of powers is rounded depends on its length.
-        assert_frame_equal(among.histories.filter(pl.col("user") == BOB), alone.histories)
+        kept = among.state.histories.filter(pl.col("user") == BOB)
+        assert_frame_equal(kept, alone.state.histories)
 
     def test_one_generator_for_all_would_give_the_others_away(
         self, monkeypatch: pytest.MonkeyPatch
@@ -236,7 +239,7 @@ class TestExamples:
         assert result.examples.user.tolist() == [0, 0, 1, 1]
         assert result.examples.num_users == 2
         assert result.num_users == 3
-        assert set(result.histories["user"]) == {ALICE, BOB, HELD_OUT}
+        assert set(result.state.histories["user"]) == {ALICE, BOB, HELD_OUT}
 
     def test_what_was_drawn_before_prevails_over_the_pseudonym(self) -> None:
         """As after a rotation of the key, or of another fraction."""
@@ -244,9 +247,9 @@ class TestExamples:
         result = build([outcome(who, 0, 1.0) for who in (ALICE, BOB, HELD_OUT)], held_out=drawn)
         assert result.examples.num_users == 2
         assert sorted(case.held_out for case in cases(result)) == [False, False, True]
-        after = dict(result.held_out.iter_rows())
-        assert after == {ALICE: True, BOB: False, HELD_OUT: False}
-        assert build([outcome(BOB, 0, 1.0)], held_out=drawn).held_out.equals(result.held_out)
+        after = result.state.held_out
+        assert dict(after.iter_rows()) == {ALICE: True, BOB: False, HELD_OUT: False}
+        assert build([outcome(BOB, 0, 1.0)], held_out=drawn).state.held_out.equals(after)
 
     @given(
         bought=st.dictionaries(st.integers(0, 20), purchases, min_size=1, max_size=5),
@@ -275,7 +278,7 @@ class TestExamples:
         one, other = build(rows, seed=7), build(rows[::-1], seed=7)
         assert one.examples.to_bytes() == other.examples.to_bytes()
         assert one.cases.equals(other.cases)
-        assert_frame_equal(one.histories, other.histories)
+        assert_frame_equal(one.state.histories, other.state.histories)
         assert build(rows, seed=8).examples.to_bytes() != one.examples.to_bytes()
 
     def test_positives_come_first_with_their_largest_gain_and_negatives_gain_nothing(self) -> None:
@@ -439,7 +442,7 @@ class TestHistories:
         after = dataclasses.replace(tables()[1], as_of=HALF_LIFE_S)
         result = build(
             [outcome(ALICE, 0, 1.0)], histories=known, public=[tables()[0], after]
-        ).histories
+        ).state.histories
         assert result.filter(pl.col("user") == BOB)["decayed"].to_list() == [pytest.approx(0.5)]
         assert result.filter(pl.col("user") == BOB)["count"].to_list() == [1.0]
 
@@ -473,7 +476,7 @@ class TestBytes:
         result = build([], histories=known, histories_as_of=DAY_S)
         assert cases(result) == []
         assert result.num_users == 0
-        assert result.histories["user"].to_list() == [BOB]
+        assert result.state.histories["user"].to_list() == [BOB]
 
     def test_a_shard_of_held_out_users_only_has_cases_and_no_examples(self) -> None:
         result = build([outcome(HELD_OUT, 1, 1.0)])

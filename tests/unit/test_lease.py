@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -48,8 +49,11 @@ def make(root: Root, clock: FakeClock) -> Iterator[Callable[..., Lease]]:
         sleep: Callable[[float], None] = clock.sleep,
     ) -> Lease:
         log = Log(Root(root.uri), clock)
-        leases.append(Lease(log, owner=owner, duration_s=duration_s, clock=clock, sleep=sleep))
-        return leases[-1]
+        lease = Lease(
+            log, owner=owner, duration_s=duration_s, clock=clock, monotonic=clock, sleep=sleep
+        )
+        leases.append(lease)
+        return lease
 
     yield build
     for lease in leases:
@@ -221,14 +225,29 @@ class TestSecondUpdater:
         assert begin + 20 <= clock() < begin + 22
         assert active_id(root) == "u0002-bbbbbb" and reasons(root) == ["lease expired"]
 
-    def test_takes_over_at_once_what_expired_long_ago(
+    def test_watches_even_one_that_fell_silent_long_ago_for_as_long_as_that_one_declared(
         self, make: Callable[..., Lease], root: Root, clock: FakeClock
     ) -> None:
         make(duration_s=20).start(lambda state: FIRST)
         clock.advance(1000)
         before = clock()
         make("host:2").start(lambda state: SECOND)
-        assert clock() == before and active_id(root) == "u0002-bbbbbb"
+        assert before + 20 <= clock() < before + 22 and active_id(root) == "u0002-bbbbbb"
+
+    def test_that_renews_with_a_clock_that_stands_still_keeps_its_lease(
+        self, make: Callable[..., Lease], root: Root, clock: FakeClock
+    ) -> None:
+        stuck = FakeClock()
+        first = Lease(Log(root, stuck), owner="host:1", duration_s=20, clock=stuck)
+        first.start(lambda state: FIRST)
+
+        def sleep(seconds: float) -> None:
+            clock.advance(seconds)
+            first.renew()
+
+        with pytest.raises(LeaseHeldError):
+            make("host:2", sleep=sleep).start(lambda state: SECOND)
+        first.abandon("the test is over")
 
     def test_starts_if_the_first_commits_while_it_waits(
         self, make: Callable[..., Lease], root: Root, clock: FakeClock
@@ -262,7 +281,6 @@ class TestSecondUpdater:
         self, root: Root, make: Callable[..., Lease], clock: FakeClock
     ) -> None:
         make("host:1", duration_s=20).start(lambda state: FIRST)
-        clock.advance(30)
         rival = Log(Root(root.uri), clock)
 
         class Late(Root):
@@ -273,7 +291,9 @@ class TestSecondUpdater:
                     rival.transact(lambda state: renewed(lease_expires_at=clock() + 20))
                 return super().put_if_absent(path, data)
 
-        lease = Lease(Log(Late(root.uri), clock), owner="b", duration_s=20, clock=clock)
+        log = Log(Late(root.uri), clock)
+        times: dict[str, Any] = {"clock": clock, "monotonic": clock, "sleep": clock.sleep}
+        lease = Lease(log, owner="b", duration_s=20, **times)
         with pytest.raises(LeaseHeldError):
             lease.start(lambda state: SECOND)
         assert active_id(root) == "u0001-aaaaaa"
@@ -282,23 +302,24 @@ class TestSecondUpdater:
         self, make: Callable[..., Lease], root: Root, clock: FakeClock
     ) -> None:
         make(duration_s=20).start(lambda state: FIRST)
-        clock.advance(30)
-        barrier, outcomes = threading.Barrier(8), []
-
-        class WaitsForTheWinner(Exception):
-            """It came so late that the winner was there already; fake time must not wait it out."""
-
-        def sleep(seconds: float) -> None:
-            raise WaitsForTheWinner
+        barrier, done, outcomes = threading.Barrier(8), threading.Barrier(8), []
 
         def contend(i: int) -> None:
-            lease = make(f"host:{i}", sleep=sleep)
-            barrier.wait()
-            try:
-                lease.start(lambda state: started(f"u0002-{i:06d}"))
-                outcomes.append("started")
-            except (LeaseHeldError, WaitsForTheWinner):
-                outcomes.append("refused")
+            own = FakeClock()
+
+            def sleep(seconds: float) -> None:
+                own.advance(20)
+                barrier.wait()  # all have seen the dead one, and all have waited
+
+            times: dict[str, Any] = {"clock": own, "monotonic": own, "sleep": sleep}
+            log = Log(Root(root.uri), own)
+            with Lease(log, owner=f"host:{i}", duration_s=4 * HOUR_S, **times) as lease:
+                try:
+                    lease.start(lambda state: started(f"u0002-{i:06d}"))
+                    outcomes.append("started")
+                except LeaseHeldError:
+                    outcomes.append("refused")
+                done.wait()  # who started holds its lease until all have tried
 
         threads = [threading.Thread(target=contend, args=(i,)) for i in range(8)]
         for thread in threads:
@@ -306,7 +327,89 @@ class TestSecondUpdater:
         for thread in threads:
             thread.join()
         assert sorted(outcomes) == ["refused"] * 7 + ["started"]
-        assert reasons(root) == ["lease expired"]
+        assert reasons(root) == ["lease expired", "ended without a commit"]
+
+
+class ComparesClocks(Lease):
+    """Broken for a negative control: the rule of before, which trusts that all clocks agree."""
+
+    def _take_over(self) -> None:
+        seen = self._log.refresh().active
+        if seen is not None and seen.lease_expires_at <= self._clock():
+            self._log.transact(lambda state: self._expired(state, seen))
+        super()._take_over()
+
+
+class TestClockSkew:
+    """Two hosts whose wall clocks are an hour apart; real time passes alike for both."""
+
+    @staticmethod
+    def host(
+        root: Root,
+        time_: FakeClock,
+        skew_s: float,
+        sleep: Callable[[float], None],
+        lease_class: type[Lease] = Lease,
+    ) -> Lease:
+        def clock() -> float:
+            return time_() + skew_s
+
+        log = Log(Root(root.uri), clock)
+        return lease_class(
+            log, owner=f"host:{skew_s:.0f}", duration_s=20, clock=clock, monotonic=time_,
+            sleep=sleep,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("skew_s", [HOUR_S, -HOUR_S], ids=["ahead", "behind"])
+    @pytest.mark.parametrize("waits_first_s", [0.0, 19.9], ids=["fresh", "almost-expired"])
+    def test_a_live_updater_is_never_robbed(
+        self, root: Root, clock: FakeClock, skew_s: float, waits_first_s: float
+    ) -> None:
+        with self.host(root, clock, 0.0, clock.sleep) as live:
+            live.start(lambda state: FIRST)
+            clock.advance(waits_first_s)
+            renewed_at = clock()
+
+            def sleep(seconds: float) -> None:
+                clock.advance(seconds)
+                if clock() >= renewed_at + 5:
+                    live.renew()
+
+            word = "behind" if skew_s > 0 else "ahead"
+            with (
+                self.host(root, clock, skew_s, sleep) as other,
+                pytest.raises(LeaseHeldError, match=rf"its clock is 3600 s {word}\); wait"),
+            ):
+                other.start(lambda state: SECOND)
+            live.commit(committed(FIRST))
+        state = Log(root).refresh()
+        assert [c.update_id for c in state.committed] == ["u0001-aaaaaa"]
+        assert state.abandoned == ()
+
+    @pytest.mark.parametrize("skew_s", [HOUR_S, -HOUR_S], ids=["ahead", "behind"])
+    def test_a_dead_one_is_taken_over_after_its_duration(
+        self, root: Root, clock: FakeClock, skew_s: float
+    ) -> None:
+        Log(root, clock).transact(lambda state: dataclasses.replace(FIRST, lease_expires_at=1020.0))
+        begin = clock()
+        with self.host(root, clock, skew_s, clock.sleep) as other:
+            record = other.start(lambda state: SECOND)
+            assert begin + 20 <= clock() < begin + 22
+            other.commit(committed(record))
+        state = Log(root).refresh()
+        assert [c.update_id for c in state.committed] == ["u0002-bbbbbb"]
+        assert [a.update_id for a in state.abandoned] == ["u0001-aaaaaa"]
+
+    def test_comparing_clocks_would_rob_a_live_updater(self, root: Root, clock: FakeClock) -> None:
+        """The negative control. Even then nothing counts twice: who was robbed cannot commit."""
+        with self.host(root, clock, 0.0, clock.sleep) as live:
+            live.start(lambda state: FIRST)
+            with self.host(root, clock, HOUR_S, clock.sleep, ComparesClocks) as thief:
+                record = thief.start(lambda state: SECOND)
+                with pytest.raises(LeaseLostError):
+                    live.commit(committed(FIRST))
+                thief.commit(committed(record))
+        assert [c.update_id for c in Log(root).refresh().committed] == ["u0002-bbbbbb"]
 
 
 class TestLostLease:
@@ -315,8 +418,7 @@ class TestLostLease:
         """The lease of an updater that was given up while its host slept."""
         lease = make("host:1")
         lease.start(lambda state: FIRST)
-        clock.advance(5 * HOUR_S)
-        make("host:2").start(lambda state: SECOND)
+        make("host:2", sleep=lambda _: clock.advance(5 * HOUR_S)).start(lambda state: SECOND)
         return lease
 
     def test_cannot_commit_and_writes_nothing(self, lost: Lease, root: Root) -> None:
@@ -410,7 +512,7 @@ def test_a_second_process_holds_its_lease_while_it_lives_and_loses_it_after_kill
     try:
         assert other.stdout is not None and other.stdout.readline() == "started\n"
         with Lease(Log(root), owner="me:2", duration_s=2.0) as lease:
-            with pytest.raises(LeaseHeldError, match=r"by other:1 \(renewed \d s ago\)"):
+            with pytest.raises(LeaseHeldError, match=r"by other:1 \(renewed just now\)"):
                 lease.start(lambda state: SECOND)
             os.kill(other.pid, signal.SIGKILL)
             other.wait(10)

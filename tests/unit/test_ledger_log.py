@@ -14,7 +14,15 @@ from raysys.ledger.log import Log
 from raysys.ledger.records import Entry, Record, RolloutChanged, encode
 from raysys.ledger.state import State, fold
 from raysys.storage import Root
-from tests.helpers import OverwritingRoot, committed, entries, renewed, rollout, started
+from tests.helpers import (
+    OverwritingRoot,
+    committed,
+    entries,
+    renewed,
+    rollout,
+    started,
+    write_records,
+)
 
 NUM_WRITERS = 8
 
@@ -210,8 +218,7 @@ class TestReading:
         assert log.refresh().sequence == 2
 
     def test_refresh_reads_the_tail_only(self, local_root: Root) -> None:
-        for entry in entries([rollout()] * 30):
-            local_root.put(path(entry.sequence), encode(entry))
+        write_records(local_root, [rollout()] * 30)
         counting = CountingRoot(local_root.uri)
         log = Log(counting)
         log.refresh()
@@ -221,22 +228,19 @@ class TestReading:
         assert counting.num_reads == 2  # the new one, and the absent one after it
 
     def test_a_long_log_reads_in_order(self, local_root: Root) -> None:
-        for entry in entries([rollout(reason=str(i)) for i in range(300)]):
-            local_root.put(path(entry.sequence), encode(entry))
+        write_records(local_root, [rollout(reason=str(i)) for i in range(300)])
         assert reasons(Log(local_root)) == [str(i) for i in range(300)]
         assert Log(local_root).refresh().sequence == 300
 
     @pytest.mark.parametrize("gone", [1, 2, 3], ids=lambda n: f"record-{n}")
     def test_a_gap_is_corrupt_and_names_the_missing_record(self, root: Root, gone: int) -> None:
-        for entry in entries([rollout()] * 4):
-            root.put(path(entry.sequence), encode(entry))
+        write_records(root, [rollout()] * 4)
         root.delete_prefix(path(gone))
         with pytest.raises(LedgerCorruptError, match=rf"record {gone} is missing.*{path(gone)}"):
             Log(root).refresh()
 
     def test_nothing_is_appended_into_a_gap(self, local_root: Root) -> None:
-        for entry in entries([rollout()] * 3):
-            local_root.put(path(entry.sequence), encode(entry))
+        write_records(local_root, [rollout()] * 3)
         local_root.delete_prefix(path(2))
         with pytest.raises(LedgerCorruptError):
             append(Log(local_root), rollout())

@@ -51,8 +51,9 @@ def test_each_commit_keeps_the_key_of_its_own_histories() -> None:
 
 def test_a_commit_of_before_there_was_a_field_for_it_gets_the_key_of_its_start() -> None:
     body = json.loads(encode(Entry(sequence=2, at=0.0, record=BASE)))
-    del body["user_key_id"]
-    old = decode(json.dumps(body).encode(), sequence=2).record
+    for name in ("user_key_id", "hash", "prev"):
+        del body[name]
+    old = decode(json.dumps({**body, "schema_version": 1}).encode(), sequence=2).record
     assert getattr(old, "user_key_id", "missing") is None
     assert folded(FIRST, old).committed == (BASE,)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from raysys.errors import LedgerCorruptError
 from raysys.ledger.records import Record
 from raysys.ledger.state import State, fold
+from raysys.partitions.changes import set_aside
 from tests.helpers import (
     SPEND,
     abandoned,
@@ -28,6 +29,10 @@ from tests.helpers import (
 FIRST = started("u0001-aaaaaa", user_key_id="key")
 SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-02"),))
 THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
+ANEW = started("u0002-bbbbbb", partitions=(partition("2017-03-01", etag="2"),))
+ASIDE = dataclasses.replace(
+    FIRST, set_aside=(set_aside("rewritten", ANEW.partitions[0].files[0], State()),)
+)
 LESS = dataclasses.replace(SPEND, num_steps=3)
 
 
@@ -88,6 +93,31 @@ class TestUpdates:
         state = folded(FIRST, committed(FIRST), late, committed(late))
         assert state.consumed_partitions == {"events/dt=2017-03-01": "u0002-bbbbbb"}
         assert len(state.consumed_files) == 2
+
+    def test_a_rewritten_file_replaces_what_was_consumed_of_it(self) -> None:
+        state = folded(FIRST, committed(FIRST), ANEW, committed(ANEW))
+        (old,), (new,) = FIRST.partitions[0].files, ANEW.partitions[0].files
+        assert state.consumed_files == {new.path: new}
+        assert state.settled_files == {old.content: "replaced"}
+
+    def test_what_is_set_aside_is_settled_and_an_empty_partition_is_consumed(self) -> None:
+        (late,) = partition("2017-03-01", "late").files
+        (folder,) = partition("2017-03-02", etag="").files
+        empty = dataclasses.replace(folder, path="events/dt=2017-03-02")
+        asides = (set_aside("late", late, State()), set_aside("empty", empty, State()))
+        start = dataclasses.replace(FIRST, set_aside=asides)
+        state = folded(start, committed(start))
+        assert state.settled_files == {late.content: "late", empty.content: "empty"}
+        assert state.consumed_partitions.keys() == {"events/dt=2017-03-01", "events/dt=2017-03-02"}
+        assert folded(start, abandoned()).settled_files == {}
+
+    def test_an_unreadable_file_is_known_until_it_is_read(self) -> None:
+        (file,) = FIRST.partitions[0].files
+        state = folded(FIRST, committed(FIRST, quarantined_files={file.path: "not parquet"}))
+        assert state.unreadable_files == {file.path: "u0001-aaaaaa"}
+        for record in (ANEW, committed(ANEW)):
+            state = state.apply(*entries([record], first=state.sequence + 1))
+        assert state.unreadable_files == {}
 
     def test_ids_count_what_was_started_and_are_never_the_same(self) -> None:
         state = folded(FIRST, abandoned())
@@ -209,6 +239,26 @@ ILLEGAL: dict[str, list[Record]] = {
     ],
     "file-listed-twice": [started(partitions=(partition("2017-03-01"), partition("2017-03-01")))],
     "commits-what-it-did-not-reserve": [FIRST, committed(FIRST, partitions=SECOND.partitions)],
+    "commits-another-content-than-it-reserved": [
+        FIRST,
+        committed(FIRST, partitions=ANEW.partitions),
+    ],
+    "replaced-content-started-again": [
+        FIRST,
+        committed(FIRST),
+        ANEW,
+        committed(ANEW),
+        dataclasses.replace(FIRST, update_id="u0003-cccccc"),
+    ],
+    "content-that-was-set-aside": [ASIDE, committed(ASIDE), ANEW],
+    "sets-aside-what-it-did-not-plan": [FIRST, committed(FIRST, set_aside=ASIDE.set_aside)],
+    "sets-aside-a-partition-that-it-did-not-reserve": [
+        FIRST,
+        committed(
+            FIRST,
+            set_aside=(dataclasses.replace(ASIDE.set_aside[0], kind="empty", path="events/x"),),
+        ),
+    ],
     "same-version-twice": [
         FIRST,
         committed(FIRST),

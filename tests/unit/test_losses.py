@@ -17,6 +17,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {
         "scores": torch.randn(SHAPE, generator=generator, requires_grad=True),
         "gains": gains,
+        "weight": torch.ones(SHAPE),
         "log_q": torch.randn(SHAPE, generator=generator),
         "valid": torch.ones(SHAPE, dtype=torch.bool),
     }
@@ -44,7 +45,7 @@ def test_the_loss_is_the_cross_entropy_of_gains_and_corrected_scores() -> None:
 def test_padding_changes_neither_the_loss_nor_a_gradient() -> None:
     values, padded = batch(), batch()
     values["scores"] = padded["scores"].detach().requires_grad_()
-    filler = {"scores": 1e4, "gains": 0.0, "log_q": -1e4, "valid": False}
+    filler = {"scores": 1e4, "gains": 0.0, "weight": 0.0, "log_q": -1e4, "valid": False}
     for name, value in filler.items():
         tail = torch.full((2, 3, 2), value, dtype=padded[name].dtype)
         padded[name] = torch.cat([padded[name].detach(), tail], -1)

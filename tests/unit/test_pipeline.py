@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import io
 from pathlib import Path
@@ -13,11 +12,11 @@ import pytest
 
 from raysys.config import Config, IngestConfig, PseudonymConfig
 from raysys.ingest.clean import CLEAN_COLUMNS
-from raysys.ingest.pipeline import IngestJob, _clean_partition, period_ends
+from raysys.ingest.pipeline import IngestJob, _clean
 from raysys.ingest.pseudonym import Pseudonymizer
-from raysys.ledger.records import PartitionRef
+from raysys.ingest.shards import group_files, read_shard
+from raysys.partitions.discover import discover
 from raysys.storage import Root
-from tests.helpers import partition
 
 KEY = b"0123456789abcdef"
 NOON = datetime.datetime(2017, 3, 1, 12, tzinfo=datetime.UTC)
@@ -58,6 +57,7 @@ def job(local_root: Root, tmp_path: Path) -> IngestJob:
         local_root.put(f"events/dt=2017-03-01/{name}", data)
     return IngestJob(
         root=local_root,
+        work=local_root,
         config=Config(
             root=local_root.uri,
             pseudonyms=PseudonymConfig(key_file=str(tmp_path / "key")),
@@ -65,16 +65,24 @@ def job(local_root: Root, tmp_path: Path) -> IngestJob:
         ),
         update_id=UPDATE,
         base_state=None,
+        partitions=discover(local_root).partitions,
+        read_before=(),
         user_key_id=Pseudonymizer(KEY).key_id,
-        partitions=(partition("2017-03-01", *files),),
+        key_ids={},
         seed=0,
     )
 
 
+def clean(job: IngestJob) -> dict[str, Any]:
+    """Runs the one task of the job."""
+    (files,) = group_files(job.partitions, job.config.ingest.task_bytes)
+    return _clean({"task": 0, "files": files}, job)
+
+
 def test_rows_of_unreadable_files_are_not_counted_and_the_files_are_named(job: IngestJob) -> None:
-    done = _clean_partition({"index": 0}, job)
+    done = clean(job)
     assert done["num_rows"] == 5
-    assert done["row_counts"] == {"quarantined": 2}
+    assert done["row_counts"] == {"quarantined: no item_id": 1, "quarantined: no ts": 1}
     bad = done["bad_files"]
     assert list(bad) == [f"events/dt=2017-03-01/{name}.parquet" for name in ("c", "d")]
     assert all(reason.startswith(path) for path, reason in bad.items())
@@ -83,30 +91,30 @@ def test_rows_of_unreadable_files_are_not_counted_and_the_files_are_named(job: I
 def test_bad_rows_go_to_quarantine_with_file_and_reason_but_without_the_user(
     job: IngestJob,
 ) -> None:
-    _clean_partition({"index": 0}, job)
+    clean(job)
     refused = read(job.root, f"quarantine/{UPDATE}").sort("event_id")
     assert refused.select("event_id", "reason").rows() == [("e4", "no item_id"), ("e5", "no ts")]
     assert set(refused["path"]) == {"events/dt=2017-03-01/b.parquet"}
     assert "user" not in " ".join(refused.columns)
 
 
-def test_usable_rows_lie_in_the_folder_of_their_users_shard(job: IngestJob) -> None:
-    _clean_partition({"index": 0}, job)
-    rows = read(job.root, f"staging/{UPDATE}/clean")
+def test_usable_rows_lie_in_the_batch_of_their_users_shard(job: IngestJob) -> None:
+    done = clean(job)
+    shards = [pl.concat(read_shard(job.root, done["paths"], shard)) for shard in range(2)]
+    rows = pl.concat(shards)
     assert rows.columns == CLEAN_COLUMNS
     assert sorted(rows["event_id"]) == ["e1", "e2", "e3"]
-    for shard in range(2):
-        folder = f"staging/{UPDATE}/clean/{shard:04}"
-        users = set(read(job.root, folder)["user"]) if job.root.list(folder) else set()
-        assert {int(name[:8], 16) % 2 for name in users} <= {shard}
+    for shard, held in enumerate(shards):
+        assert {int(name[:8], 16) % 2 for name in held["user"]} <= {shard}
 
 
 def test_the_raw_user_id_is_in_nothing_that_was_written(job: IngestJob) -> None:
-    _clean_partition({"index": 0}, job)
+    clean(job)
     # The search finds what is there: the partition itself, which is the shop's, holds the id.
     assert RAW_ID in _text_of(job.root.read_bytes("events/dt=2017-03-01/a.parquet"))
     hasher = Pseudonymizer(KEY)
-    written = read(job.root, f"staging/{UPDATE}").write_json()
+    paths = [file.path for file in job.root.list(f"staging/{UPDATE}")]
+    written = pl.concat([f for s in range(2) for f in read_shard(job.root, paths, s)]).write_json()
     assert hasher.pseudonym(RAW_ID) in written
     for text in (written, read(job.root, f"quarantine/{UPDATE}").write_json()):
         assert RAW_ID not in text and "bob" not in text
@@ -121,41 +129,5 @@ def test_a_task_that_is_run_again_writes_the_same(job: IngestJob) -> None:
         files = [*job.root.list("staging"), *job.root.list("quarantine")]
         return {file.path: job.root.read_bytes(file.path) for file in files}
 
-    first = _clean_partition({"index": 0}, job), written()
-    assert (_clean_partition({"index": 0}, job), written()) == first
-
-
-@pytest.mark.parametrize(
-    ("days", "period_days", "last_days"),
-    [
-        pytest.param([1], 7, [1], id="one day"),
-        pytest.param([1, 7], 7, [7], id="a week"),
-        pytest.param([1, 8], 7, [1, 8], id="a week and a day"),
-        pytest.param([*range(1, 29)], 7, [7, 14, 21, 28], id="four weeks"),
-        pytest.param([5, 1, 3], 2, [1, 3, 5], id="in any order"),
-        pytest.param([1, 30], 1, [1, 30], id="a gap is no period and costs nothing"),
-    ],
-)
-def test_periods_hold_the_days_that_there_are(
-    days: list[int], period_days: int, last_days: list[int]
-) -> None:
-    partitions = [PartitionRef(key=f"events/dt=2017-03-{day:02}", files=()) for day in days]
-    start = datetime.datetime(2017, 3, 1, tzinfo=datetime.UTC).timestamp()
-    ends = period_ends(partitions, period_days)
-    assert [(end - start) / 86_400 for end in ends] == last_days
-
-
-@pytest.mark.parametrize(
-    ("days", "first"),
-    [
-        pytest.param([1], 1, id="a single day"),
-        pytest.param([1, 2, 3], 1, id="fewer days than the window has"),
-        pytest.param([1, 4, 10], 4, id="a window of seven days"),
-    ],
-)
-def test_the_evaluation_window_is_the_newest_days_of_the_update(
-    job: IngestJob, days: list[int], first: int
-) -> None:
-    parts = tuple(partition(f"2017-03-{day:02}") for day in days)
-    start = datetime.datetime(2017, 3, first, tzinfo=datetime.UTC).timestamp()
-    assert dataclasses.replace(job, partitions=parts).window_start == start
+    first = clean(job), written()
+    assert (clean(job), written()) == first

@@ -1,29 +1,23 @@
-"""The plan: each file is in exactly one committed update, whatever happens in between."""
+"""The plan: which partitions an update reads, and from where it starts."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from raysys.config import PartitionConfig
-from raysys.errors import DataError, EmptyPlanError, LedgerCorruptError, PartitionChangedError
-from raysys.ledger.records import FileRef, PartitionRef, Record
+from raysys.errors import EmptyPlanError, PartitionChangedError
 from raysys.ledger.state import State
-from raysys.partitions import layout
-from raysys.partitions.discover import Discovered, discover, work_folders
-from raysys.partitions.plan import UpdatePlan, orphan_folders, plan_update
-from raysys.storage import Root
+from raysys.partitions.discover import Discovered, PartitionRange
+from raysys.partitions.plan import UpdatePlan, orphan_folders, plan_update, range_to_list
 from tests.helpers import (
     abandoned,
     committed,
-    entries,
-    file_uses,
+    consumed,
     folded,
+    found,
     item_file,
     partition,
     started,
@@ -32,15 +26,6 @@ from tests.helpers import (
 DEFAULT = PartitionConfig()
 DAYS = ("2017-03-01", "2017-03-02", "2017-03-03")
 LATER = datetime.datetime(2018, 1, 1, tzinfo=datetime.UTC).timestamp()
-
-
-def found(*partitions: PartitionRef, items: tuple[FileRef, ...] = ()) -> Discovered:
-    return Discovered(root_uri="file:///shop", partitions=partitions, item_files=items)
-
-
-def consumed(*partitions: PartitionRef, items: tuple[FileRef, ...] = ()) -> State:
-    first = started(partitions=partitions, item_files=items)
-    return folded(first, committed(first))
 
 
 def plan(
@@ -92,18 +77,15 @@ class TestWhatIsNew:
         parts = tuple(partition(day) for day in DAYS)
         first = plan(found(*parts), max_partitions=2)
         assert first.partitions == parts[:2] and first.watermark == "2017-03-02"
+        assert first.num_left == 1
         assert plan(found(*parts), consumed(*parts[:2]), max_partitions=2).partitions == parts[2:]
-
-    def test_consumed_files_may_vanish(self) -> None:
-        old, new = partition(DAYS[0], "a", "b"), partition(DAYS[1])
-        assert plan(found(new), consumed(old)).partitions == (new,)
-        assert plan(found(partition(DAYS[0], "a"), new), consumed(old)).partitions == (new,)
 
     def test_item_files_are_read_once_and_again_when_rewritten(self) -> None:
         old, new, changed = item_file("a"), item_file("b"), item_file("a", etag="other")
-        state = consumed(partition(DAYS[0]), items=(old,))
-        assert plan(found(partition(DAYS[1]), items=(old, new)), state).item_files == (new,)
-        assert plan(found(partition(DAYS[1]), items=(changed,)), state).item_files == (changed,)
+        days = [partition(day) for day in DAYS[:2]]
+        state = consumed(days[0], items=(old,))
+        assert plan(found(*days, items=(old, new)), state).item_files == (new,)
+        assert plan(found(*days, items=(changed,)), state).item_files == (changed,)
 
 
 class TestOpenDays:
@@ -130,6 +112,92 @@ class TestOpenDays:
             plan(found(partition("2017-03-01")), now=self.END - 1)
 
 
+class TestHours:
+    HOURS = tuple(partition(f"2017-03-01T{hour:02}") for hour in (4, 5, 6))
+
+    def test_an_hour_is_read_once_it_is_over(self) -> None:
+        six = datetime.datetime(2017, 3, 1, 6, tzinfo=datetime.UTC).timestamp()
+        planned = plan(found(*self.HOURS), now=six)
+        assert planned.partitions == self.HOURS[:2] and planned.num_open == 1
+        assert planned.watermark == "2017-03-01T05"
+        assert plan(found(*self.HOURS), now=six - 1).partitions == self.HOURS[:1]
+        assert plan(found(*self.HOURS), now=six, closed_after_s=1).partitions == self.HOURS[:1]
+
+    def test_the_watermark_is_what_ends_last_whatever_kind_it_is(self) -> None:
+        day = partition("2017-03-01")
+        after_hours, after_day = consumed(*self.HOURS), consumed(day)
+        assert plan(found(*self.HOURS, day), after_hours).watermark == "2017-03-01"
+        assert plan(found(*self.HOURS, day), after_day).watermark == "2017-03-01"
+        later = partition("2017-03-02T00")
+        assert plan(found(day, later), after_day).watermark == "2017-03-02T00"
+
+    def test_a_consumed_hour_is_told_from_the_others_of_its_day(self) -> None:
+        planned = plan(found(*self.HOURS), consumed(self.HOURS[1]))
+        assert planned.partitions == (self.HOURS[0], self.HOURS[2])
+
+
+class TestRange:
+    PARTS = tuple(partition(f"2017-03-{day:02}") for day in range(1, 6))
+    MIDDLE = PartitionRange(first=datetime.date(2017, 3, 2), last=datetime.date(2017, 3, 4))
+
+    def test_only_the_range_is_read(self) -> None:
+        planned = plan_update(found(*self.PARTS), State(), DEFAULT, LATER, self.MIDDLE)
+        assert planned.partitions == self.PARTS[1:4]
+
+    def test_its_limit_goes_before_the_configs(self) -> None:
+        config = dataclasses.replace(DEFAULT, max_partitions=3)
+        one = dataclasses.replace(self.MIDDLE, max_partitions=1)
+        for within, num in ((self.MIDDLE, 3), (one, 1)):
+            planned = plan_update(found(*self.PARTS), State(), config, LATER, within)
+            assert planned.partitions == self.PARTS[1 : 1 + num] and planned.num_left == 3 - num
+
+    def test_what_lies_outside_is_not_compared(self) -> None:
+        state = consumed(self.PARTS[0], self.PARTS[1])
+        inside = plan_update(found(*self.PARTS[1:]), state, DEFAULT, LATER, self.MIDDLE)
+        assert inside.partitions == self.PARTS[2:4]
+        with pytest.raises(PartitionChangedError, match="is gone"):
+            plan(found(*self.PARTS[1:]), state)
+
+
+class TestHorizon:
+    """`check_back_days` keeps old partitions out of sight."""
+
+    PARTS = tuple(partition(f"2017-03-{day:02}") for day in range(1, 11))
+    STATE = consumed(*PARTS[:9])
+    CONFIG = dataclasses.replace(DEFAULT, check_back_days=3)
+
+    def test_days_that_ended_longer_before_the_watermark_are_not_listed(self) -> None:
+        assert range_to_list(self.STATE, self.CONFIG) == PartitionRange(
+            first=datetime.date(2017, 3, 6)
+        )
+        assert range_to_list(State(), self.CONFIG) == PartitionRange()
+        assert range_to_list(self.STATE, DEFAULT) == PartitionRange()
+
+    def test_of_hours_it_is_the_day_that_counts(self) -> None:
+        state = consumed(partition("2017-03-09T05"))
+        assert range_to_list(state, self.CONFIG).first == datetime.date(2017, 3, 6)
+
+    def test_nor_compared_nor_missed(self) -> None:
+        planned = plan(found(*self.PARTS[5:]), self.STATE, check_back_days=3)
+        assert planned.partitions == self.PARTS[9:] and planned.set_aside == ()
+        changed = (partition("2017-03-01", etag="other"), partition("2017-02-01"))
+        assert plan(found(*changed, *self.PARTS[5:]), self.STATE, check_back_days=3) == planned
+
+    def test_what_it_leaves_in_sight_is_compared(self) -> None:
+        """The negative control."""
+        for there in (self.PARTS[6:], (partition("2017-03-06", etag="other"), *self.PARTS[6:])):
+            with pytest.raises(PartitionChangedError, match="dt=2017-03-06/"):
+                plan(found(*there), self.STATE, check_back_days=3)
+
+    def test_a_range_that_starts_before_it_reads_old_partitions_but_compares_none(self) -> None:
+        old = partition("2016-12-31")
+        within = PartitionRange(first=datetime.date.min)
+        assert range_to_list(self.STATE, self.CONFIG, within) == within
+        there = found(old, partition("2017-03-02", etag="other"), *self.PARTS[5:])
+        planned = plan_update(there, self.STATE, self.CONFIG, LATER, within)
+        assert planned.partitions == (old, self.PARTS[9])
+
+
 class TestEmptyPlan:
     def test_says_what_is_known_and_up_to_which_day(self) -> None:
         parts = tuple(partition(day) for day in DAYS)
@@ -141,55 +209,16 @@ class TestEmptyPlan:
         )
 
     def test_of_an_empty_root_says_where_to_write(self) -> None:
-        with pytest.raises(EmptyPlanError, match="write parquet files to events/dt=YYYY-MM-DD/"):
+        with pytest.raises(EmptyPlanError) as caught:
             plan(found())
+        assert str(caught.value) == (
+            "nothing below file:///shop/events; write parquet files to events/dt=YYYY-MM-DD/ or "
+            "events/dt=YYYY-MM-DD/hour=HH/"
+        )
 
     def test_new_items_alone_make_no_update(self) -> None:
         with pytest.raises(EmptyPlanError):
             plan(found(items=(item_file(),)))
-
-
-class TestChangedPartitions:
-    STATE = consumed(partition(DAYS[0], "a", "b"))
-    LATE = found(partition(DAYS[0], "a", "b", "c", "d"), partition(DAYS[1]))
-    REWRITTEN = found(partition(DAYS[0], "a", "b", etag="other"), partition(DAYS[1]))
-
-    def test_late_files_are_refused_with_name_number_and_remedy(self) -> None:
-        with pytest.raises(PartitionChangedError) as caught:
-            plan(self.LATE, self.STATE)
-        assert str(caught.value) == (
-            "events/dt=2017-03-01/c (and 1 more) came after update u0001-aaaaaa consumed "
-            "events/dt=2017-03-01; set partitions.late_files: consume to train on just the late "
-            "files, or move them away"
-        )
-
-    @pytest.mark.parametrize("name", ["impressions-1.parquet", "feedback-1.parquet"])
-    def test_what_replicas_wrote_is_never_late(self, name: str) -> None:
-        """They write at any time of the day, and each file is complete by itself."""
-        whole, served = partition(DAYS[0], "a.parquet", name), partition(DAYS[0], name)
-        assert plan(found(whole), consumed(partition(DAYS[0]))).partitions == (served,)
-
-    def test_late_files_alone_are_read_where_the_config_says_so(self) -> None:
-        planned = plan(self.LATE, self.STATE, late_files="consume")
-        assert planned.partitions == (partition(DAYS[0], "c", "d"), partition(DAYS[1]))
-
-    @pytest.mark.parametrize("change", ["etag", "size"])
-    def test_rewritten_files_are_refused_with_name_number_and_remedy(self, change: str) -> None:
-        there = self.REWRITTEN
-        if change == "size":
-            old = partition(DAYS[0], "a", "b")
-            files = tuple(dataclasses.replace(file, size_bytes=2) for file in old.files)
-            there = found(dataclasses.replace(old, files=files))
-        with pytest.raises(PartitionChangedError, match=r"/a \(and 1 more\) was consumed and then"):
-            plan(there, self.STATE)
-
-    def test_rewritten_files_are_left_alone_where_the_config_says_so(self) -> None:
-        planned = plan(self.REWRITTEN, self.STATE, rewritten_files="ignore")
-        assert planned.partitions == (partition(DAYS[1]),)
-
-    def test_a_change_is_told_even_if_nothing_else_is_new(self) -> None:
-        with pytest.raises(PartitionChangedError):
-            plan(found(partition(DAYS[0], "a", "b", "c")), self.STATE)
 
 
 class TestOrphans:
@@ -227,192 +256,3 @@ class TestOrphans:
     def test_are_all_that_is_left_of_a_ledger_that_committed_nothing(self) -> None:
         folders = ["staging/u1", "state/u1", "versions/v1", "quarantine/u1"]
         assert orphan_folders(State(), folders) == tuple(folders)
-
-
-class TestDiscover:
-    def test_finds_partitions_by_date_and_item_files(self, root: Root) -> None:
-        names = ["events/dt=2017-03-02/b", "events/dt=2017-03-01/b", "events/dt=2017-03-01/a"]
-        for name in [*names, "items/dt=2017-03-01/x", "items/y"]:
-            root.put(f"{name}.parquet", name.encode())
-        there = discover(root)
-        assert there.root_uri == root.uri
-        assert [[f.path for f in p.files] for p in there.partitions] == [
-            ["events/dt=2017-03-01/a.parquet", "events/dt=2017-03-01/b.parquet"],
-            ["events/dt=2017-03-02/b.parquet"],
-        ]
-        assert [f.path for f in there.item_files] == [
-            "items/dt=2017-03-01/x.parquet",
-            "items/y.parquet",
-        ]
-        assert there.partitions[0].files[0].size_bytes == len("events/dt=2017-03-01/a")
-
-    def test_finds_nothing_in_an_empty_root(self, root: Root) -> None:
-        assert discover(root) == Discovered(root_uri=root.uri, partitions=(), item_files=())
-
-    @pytest.mark.parametrize(
-        "path",
-        [
-            "events/2017-03-01/a.parquet",
-            "events/dt=2017-3-1/a.parquet",
-            "events/dt=2017-02-30/a.parquet",
-            "events/dt=2017-03-01/hour=1/a.parquet",
-            "events/a.parquet",
-        ],
-    )
-    def test_a_file_that_would_never_be_read_is_an_error_that_names_its_place(
-        self, local_root: Root, path: str
-    ) -> None:
-        local_root.put(path, b"")
-        with pytest.raises(DataError) as caught:
-            discover(local_root)
-        assert (path if path.count("/") == 1 else path.rpartition("/")[0]) in str(caught.value)
-
-    @pytest.mark.parametrize(
-        "path",
-        [
-            "events/dt=2017-03-01/_SUCCESS",
-            "events/dt=2017-03-01/a.parquet.crc",
-            "events/dt=2017-03-01/.a.parquet",
-            "events/_temporary/0/a.parquet",
-        ],
-    )
-    def test_other_objects_and_hidden_ones_are_no_data(self, local_root: Root, path: str) -> None:
-        local_root.put(path, b"")
-        assert discover(local_root).partitions == ()
-
-    def test_a_file_written_anew_is_seen_as_changed(self, root: Root) -> None:
-        root.put("events/dt=2017-03-01/a.parquet", b"one")
-        before = discover(root)
-        root.put("events/dt=2017-03-01/a.parquet", b"two")
-        with pytest.raises(PartitionChangedError):
-            plan(discover(root), consumed(*before.partitions))
-
-    def test_lists_the_folders_of_updates(self, root: Root) -> None:
-        for folder in (layout.staging("u1"), layout.state_folder("u1"), layout.quarantine("u1")):
-            root.put(f"{folder}/x", b"")
-        root.put(f"{layout.version_folder('v1')}/x", b"")
-        root.put("events/dt=2017-03-01/a.parquet", b"")
-        assert work_folders(root) == ["staging/u1", "state/u1", "versions/v1", "quarantine/u1"]
-
-
-Planner = Callable[[Discovered, State, PartitionConfig, float], UpdatePlan]
-ARRIVE, START, CRASH, COMMIT, HOLD, EXPIRE = "arrive", "start", "crash", "commit", "hold", "expire"
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just(ARRIVE), st.sampled_from(DAYS), st.sampled_from("abc")),
-        st.tuples(st.sampled_from([START, CRASH, COMMIT, HOLD, EXPIRE])),
-    ),
-    max_size=40,
-)
-
-
-class Shop:
-    """Files that arrive, and updates that run, crash and commit, in any order."""
-
-    def __init__(self, planner: Planner, max_partitions: int) -> None:
-        self.planner = planner
-        self.config = PartitionConfig(late_files="consume", max_partitions=max_partitions)
-        self.files: dict[str, set[str]] = {}
-        self.state = State()
-
-    def append(self, record: Record) -> None:
-        self.state = self.state.apply(entries([record], first=self.state.sequence + 1)[0])
-
-    def step(self, action: str, *where: str) -> None:
-        if action == ARRIVE:
-            self.files.setdefault(where[0], set()).add(f"{where[1]}.parquet")
-        elif action == START and self.state.active is None:
-            self.start()
-        elif action in (CRASH, EXPIRE) and self.state.active is not None:
-            self.append(abandoned(self.state.active.update_id, reason=action))
-        elif action in (COMMIT, HOLD) and self.state.active is not None:
-            version = self.state.next_version(self.state.active.update_id)
-            record = self.state.active.started
-            self.append(committed(record, version=version if action == COMMIT else None))
-
-    def start(self) -> bool:
-        there = found(*(partition(day, *sorted(self.files[day])) for day in sorted(self.files)))
-        try:
-            planned = self.planner(there, self.state, self.config, LATER)
-        except EmptyPlanError:
-            return False
-        update_id = f"u{self.state.num_started + 1:04d}-{self.state.sequence:06d}"
-        self.append(started(update_id, partitions=planned.partitions))
-        return True
-
-    def run_to_the_end(self) -> None:
-        self.step(CRASH)
-        while self.start():
-            self.step(COMMIT)
-
-    @property
-    def paths(self) -> set[str]:
-        return {f"events/dt={day}/{name}" for day, names in self.files.items() for name in names}
-
-
-@settings(max_examples=200)
-@given(steps=STEPS, max_partitions=st.integers(0, 2))
-def test_every_file_ends_in_exactly_one_committed_update(
-    steps: list[tuple[str, ...]], max_partitions: int
-) -> None:
-    shop = Shop(plan_update, max_partitions)
-    for step in steps:
-        shop.step(*step)
-    shop.run_to_the_end()
-    uses = file_uses(shop.state.committed)
-    assert uses.keys() == shop.paths
-    assert all(len(updates) == 1 for updates in uses.values())
-    assert len(shop.state.committed) + len(shop.state.abandoned) == shop.state.num_started
-
-
-@settings(max_examples=100)
-@given(
-    before=st.lists(st.tuples(st.sampled_from(DAYS), st.sampled_from("abc"))),
-    crashes=st.integers(0, 5),
-)
-def test_crashes_and_retries_plan_what_an_undisturbed_run_plans(
-    before: list[tuple[str, str]], crashes: int
-) -> None:
-    undisturbed, disturbed = Shop(plan_update, 0), Shop(plan_update, 0)
-    for shop in (undisturbed, disturbed):
-        for day, name in before:
-            shop.step(ARRIVE, day, name)
-    for _ in range(crashes):
-        disturbed.step(START)
-        disturbed.step(CRASH)
-    for shop in (undisturbed, disturbed):
-        shop.run_to_the_end()
-    assert [c.partitions for c in disturbed.state.committed] == [
-        c.partitions for c in undisturbed.state.committed
-    ]
-
-
-def test_a_planner_that_forgets_what_was_consumed_is_caught() -> None:
-    """The negative control: the same history with a planner that looks at an empty ledger."""
-
-    def forgetful(
-        there: Discovered, state: State, config: PartitionConfig, now: float
-    ) -> UpdatePlan:
-        return plan_update(there, State(), config, now)
-
-    shop = Shop(forgetful, 0)
-    for step in [(ARRIVE, DAYS[0], "a"), (START,), (COMMIT,)]:
-        shop.step(*step)
-    with pytest.raises(LedgerCorruptError, match="but an earlier update consumed it"):
-        shop.start()
-
-
-def test_a_planner_that_loses_files_is_caught() -> None:
-    """The negative control: consuming a partition as a whole drops the files that came late."""
-
-    def by_partition(
-        there: Discovered, state: State, config: PartitionConfig, now: float
-    ) -> UpdatePlan:
-        new = [p for p in there.partitions if p.key not in state.consumed_partitions]
-        return plan_update(found(*new), state, config, now)
-
-    shop = Shop(by_partition, 0)
-    for step in [(ARRIVE, DAYS[0], "a"), (START,), (COMMIT,), (ARRIVE, DAYS[0], "b")]:
-        shop.step(*step)
-    shop.run_to_the_end()
-    assert shop.paths - file_uses(shop.state.committed).keys() == {"events/dt=2017-03-01/b.parquet"}

@@ -50,7 +50,7 @@ def test_the_ledger_is_charged_for_what_sampler_and_optimizer_do(world: None) ->
     assert plan.reserved is plan.spend
     assert (plan.spend.num_steps, plan.spend.num_count_releases) == (15, 2)
     assert plan.spend.count_noise_multiplier == CONFIG.count_noise_multiplier
-    sampler = plan.sampler(1000)
+    sampler = plan.sampler(1000, plan.rng(0, 0))
     assert (len(sampler), sampler.sampling_prob) == (15, CONFIG.sampling_prob)
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     optimizer = plan.optimizer(inner, num_workers=1)
@@ -129,7 +129,8 @@ def test_without_privacy_nothing_is_charged_clipped_or_noised(world: None) -> No
     config = PrivacyConfig(enabled=False, noise_multiplier=4.5, expected_batch_users=32)
     plan = PrivacyPlan.for_update(config, num_steps=5, num_count_releases=1)
     assert plan.reserved is None
-    assert (len(plan.sampler(3)), plan.sampler(3).sampling_prob) == (5, config.sampling_prob)
+    sampler = plan.sampler(3, plan.rng(0, 0))
+    assert (len(sampler), sampler.sampling_prob) == (5, config.sampling_prob)
     rows = gradients_of_users()
     found = step_gradient(plan, rows, num_workers=1)
     np.testing.assert_allclose(found, rows.sum(0).numpy() / 32, rtol=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
-from typing import Any, ClassVar
 
 import polars as pl
 import pytest
@@ -17,11 +16,11 @@ from raysys.errors import ConfigError
 from raysys.ingest.pseudonym import (
     HELD_OUT_SCHEMA,
     Pseudonymizer,
+    carry_forward,
     check_key,
     draw_held_out,
     is_held_out,
     is_pseudonym,
-    pseudonymize,
     replace_inside,
     user_shard,
 )
@@ -204,50 +203,37 @@ class TestCheckKey:
             check_key(self.CHAIN, "00000000", "file:///shop")
 
 
-class TestPseudonymize:
+class TestCarryForward:
     CHAIN, OLD = Pseudonymizer(KEY, NEXT), Pseudonymizer(KEY)
-    SCHEMA: ClassVar[dict[str, Any]] = dict.fromkeys(
-        ("user_id", "user_key_id", "request_id"), pl.String()
-    )
-
-    def users(self, *rows: tuple[str | None, ...]) -> pl.DataFrame:
-        return pl.DataFrame(list(rows), schema=self.SCHEMA, orient="row")
-
-    def test_raw_ids_and_pseudonyms_of_every_key_meet_in_one_user(self) -> None:
-        frame = self.users(
-            ("alice", None, None),
-            (self.OLD.pseudonym("alice"), self.OLD.key_id, "r1"),
-            (self.CHAIN.pseudonym("alice"), self.CHAIN.key_id, "r2"),
-            ("bob", None, "r3"),
-        )
-        found = pseudonymize(frame, self.CHAIN)
-        alice, bob = self.CHAIN.pseudonym("alice"), self.CHAIN.pseudonym("bob")
-        assert found["user"].to_list() == [alice, alice, alice, bob]
-        assert found["request_id"].to_list() == [None, "r1", "r2", "r3"]
-
-    def test_the_pseudonym_inside_a_request_id_is_carried_forward_too(self) -> None:
-        old, new = self.OLD.pseudonym("alice"), self.CHAIN.pseudonym("alice")
-        frame = self.users((old, self.OLD.key_id, f"nonce.{old}.mac"), ("a", None, "nonce.a.mac"))
-        found = pseudonymize(frame, self.CHAIN)
-        assert found["request_id"].to_list() == [f"nonce.{new}.mac", "nonce.a.mac"]
-
-    def test_no_rows_give_no_rows(self) -> None:
-        assert pseudonymize(self.users(), self.CHAIN).columns == [*self.SCHEMA, "user"]
 
     @settings(deadline=None)
-    @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=20))
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1)), max_size=20))
     def test_it_is_one_call_a_row_of_the_chain(self, rows: list[tuple[str, int]]) -> None:
-        chains = [None, self.OLD, self.CHAIN]
-        frame = self.users(
-            *((c.pseudonym(user), c.key_id, "r") if c else (user, None, "r")
-              for user, c in ((user, chains[number]) for user, number in rows))
-        )  # fmt: skip
-        expected = [self.CHAIN.pseudonym(user) for user, _ in rows]
-        assert pseudonymize(frame, self.CHAIN)["user"].to_list() == expected
+        chains = [self.OLD, self.CHAIN]
+        users = pl.Series("u", [chains[n].pseudonym(u) for u, n in rows], pl.String())
+        keys = pl.Series([chains[n].key_id for _, n in rows], dtype=pl.String())
+        carried = carry_forward(users, keys, self.CHAIN)
+        assert carried.to_list() == [self.CHAIN.pseudonym(user) for user, _ in rows]
+        assert carried.name == "u"
 
-    def test_text_that_is_no_pseudonym_is_not_looked_for(self) -> None:
-        frame = pl.DataFrame({"old": ["1"], "new": ["f" * 32], "text": ["101"]})
-        assert replace_inside(frame, "text", old="old", new="new").equals(frame)
+    def test_what_has_no_key_is_returned_as_it_is(self) -> None:
+        users = pl.Series(["alice", self.OLD.pseudonym("bob"), None])
+        carried = carry_forward(users, pl.Series([None, self.OLD.key_id, None]), self.CHAIN)
+        assert carried.to_list() == ["alice", self.CHAIN.pseudonym("bob"), None]
+
+    def test_one_key_may_stand_for_all(self) -> None:
+        users = pl.Series([self.OLD.pseudonym(user) for user in "aba"])
+        carried = carry_forward(users, self.OLD.key_id, self.CHAIN)
+        assert carried.to_list() == [self.CHAIN.pseudonym(user) for user in "aba"]
+
+    def test_a_pseudonym_inside_of_a_text_is_replaced(self) -> None:
+        old, new = self.OLD.pseudonym("alice"), self.CHAIN.pseudonym("alice")
+        frame = pl.DataFrame(
+            {"old": [old, old, "1"], "new": [new, new, new], "text": [f"n.{old}.mac", None, "101"]}
+        )
+        found = replace_inside(frame, "text", old="old", new="new")
+        # Text that is no pseudonym is not looked for: a raw id may be any.
+        assert found["text"].to_list() == [f"n.{new}.mac", None, "101"]
 
 
 @pytest.mark.parametrize(

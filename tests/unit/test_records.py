@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysys.errors import LedgerCorruptError
-from raysys.ledger.records import SCHEMA_VERSION, Entry, Record, decode, encode
+from raysys.ledger.records import SCHEMA_VERSION, Entry, Record, SetAside, decode, encode
+from raysys.ledger.seal import seal
 from tests.helpers import (
     abandoned,
     committed,
@@ -21,15 +22,23 @@ from tests.helpers import (
     started,
 )
 
+SET_ASIDE = (
+    SetAside(
+        path="events/dt=2017-03-01/b", size_bytes=1, etag="e", kind="late", reason="came late"
+    ),
+    SetAside(path="events/dt=2017-03-02", size_bytes=0, etag="", kind="empty", reason="no data"),
+)
 RECORDS: dict[str, Record] = {
     "started": started(item_files=(item_file(),)),
     "started-not-private": started(private=False, reserved=None),
+    "started-with-set-asides": started(set_aside=SET_ASIDE),
     "renewed": renewed(),
     "abandoned": abandoned(),
     "committed": committed(
         metrics={"ndcg10": {"before": 0.3, "after": 0.31}, "interval": [0.1, 0.2]},
         artifacts={"versions/v1/head.bin": "0" * 64},
     ),
+    "committed-with-set-asides": committed(set_aside=SET_ASIDE),
     "held": committed(version=None),
     "canary": rollout(measurement={"phase": "inconclusive"}),
     "rolled-back": rollout("rolled_back"),
@@ -38,7 +47,8 @@ RECORDS: dict[str, Record] = {
 
 def body(record: Record | None = None, **changes: Any) -> bytes:
     found = json.loads(encode(Entry(sequence=7, at=1.5, record=record or started())))
-    return json.dumps({**found, **changes}).encode()
+    del found["hash"]
+    return seal({**found, **changes})
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
@@ -62,11 +72,14 @@ def test_any_text_and_number_survives(names: list[str], owner: str, seed: int, a
 def test_a_record_is_one_line_of_json_that_names_its_type_and_schema() -> None:
     written = encode(Entry(sequence=7, at=1.5, record=abandoned()))
     assert b"\n" not in written
-    assert json.loads(written) == {
+    found = json.loads(written)
+    assert len(found.pop("hash")) == 64
+    assert found == {
         "schema_version": SCHEMA_VERSION,
         "type": "UpdateAbandoned",
         "sequence": 7,
         "at": 1.5,
+        "prev": "",
         "update_id": "u0001-aaaaaa",
         "reason": "lease expired",
     }

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load, save
 
 from raysys.errors import ArtifactError
-from raysys.ingest.examples import NUM_ATTENDED, history_slices
+from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import UserHistory, features
-from raysys.ingest.pipeline import histories_path
+from raysys.ingest.history import history_slices
+from raysys.ingest.shard_state import shard_path
 from raysys.ingest.stats import save_item_state
 from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder, weights_sha256
@@ -40,9 +41,10 @@ FILES = (
     "manifest.json", "head.safetensors", "encoder.safetensors", "texts.parquet", "golden.json",
     "report.md", "adapter/adapter_config.json",
 )  # fmt: skip
+HISTORIES = shard_path(UPDATE, "histories", 0, 1)
 PATHS = (
     *(version_path(VERSION, name) for name in FILES),
-    f"state/{UPDATE}/items.parquet", f"state/{UPDATE}/items.json", histories_path(UPDATE, 0),
+    f"state/{UPDATE}/items.parquet", f"state/{UPDATE}/items.json", HISTORIES,
 )  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def weights(tiny_encoder: str) -> VersionWeights:
 
 @pytest.fixture(scope="module")
 def histories() -> pl.DataFrame:
-    return tiny_shop.shard(tiny_shop.outcomes(20)).histories
+    return tiny_shop.shard(tiny_shop.outcomes(20)).state.histories
 
 
 def manifest(encoder: str, **changes: object) -> Manifest:
@@ -85,7 +87,7 @@ def publish_version(
         save_item_state(local_root, UPDATE, tiny_shop.item_states()[-1])
         buffer = io.BytesIO()
         histories.write_parquet(buffer)
-        local_root.put(histories_path(UPDATE, 0), buffer.getvalue())
+        local_root.put(HISTORIES, buffer.getvalue())
         artifacts = publish(
             local_root, manifest(tiny_encoder, **changes), weights,
             adapter={"adapter_config.json": b"{}"}, report="# Version\n",
@@ -319,13 +321,13 @@ def test_no_user_is_in_a_versions_files_but_in_its_histories_alone(
             data = pl.read_parquet(io.BytesIO(data)).write_ndjson().encode()
         if any(user in data for user in users):
             holding.append(file.path)
-    assert holding == [histories_path(UPDATE, 0)]
+    assert holding == [HISTORIES]
 
 
 def test_the_golden_requests_are_the_same_whoever_the_users_are(
     publish_version: Publish, local_root: Root, histories: pl.DataFrame
 ) -> None:
-    record, path = publish_version(), histories_path(UPDATE, 0)
+    record, path = publish_version(), HISTORIES
     buffer = io.BytesIO()
     histories.clear().write_parquet(buffer)
     local_root.put(path, buffer.getvalue())

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.ingest.features import DAY_S
-from raysys.ingest.pipeline import read_items
+from raysys.ingest.items import read_items
 from raysys.ingest.stats import ItemState, load_item_state, release, save_item_state, upsert
 from raysys.ledger.records import FileRef
+from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
 from raysys.storage import Root
 from tests.shop import HALF_LIFE_S
@@ -44,7 +45,12 @@ def state(*rows: dict[str, Any]) -> ItemState:
 def released(base: ItemState, *counts: list[float], std: float = 0.0) -> list[ItemState]:
     """States after periods of a day each."""
     ends = [base.as_of + (i + 1) * DAY_S for i in range(len(counts))]
-    return release(base, np.array(counts, np.float64), ends, noise_std=std)
+    return release(base, np.array(counts, np.float64), days(*ends), noise_std=std)
+
+
+def days(*ends: float) -> list[Period]:
+    """Periods of a day each."""
+    return [Period(end=end, num_days=1.0) for end in ends]
 
 
 class TestUpsert:
@@ -118,11 +124,11 @@ class TestRelease:
 
     def test_popularity_halves_with_each_half_life_and_noise_decays_with_it(self) -> None:
         last = release(
-            state(), np.array([[8.0, 0.0], [1.0, 1.0]]), [0.0, HALF_LIFE_S], noise_std=2.0
+            state(), np.array([[8.0, 0.0], [1.0, 1.0]]), days(0.0, HALF_LIFE_S), noise_std=2.0
         )[-1]
         assert last.popularity.tolist() == [5.0, 1.0]
         assert last.popularity_std == pytest.approx(math.hypot(1.0, 2.0))
-        assert last.num_periods == pytest.approx(1.5)
+        assert last.num_days == pytest.approx(1.5)
 
     def test_its_noise_has_the_standard_deviation_that_the_state_says(self) -> None:
         rng, num_items, std = np.random.default_rng(0), 50_000, 3.0
@@ -130,7 +136,7 @@ class TestRelease:
         base = upsert(base, items(*(item(f"{i:05}") for i in range(num_items))))
         noise = rng.normal(0, std, (3, num_items))
         ends = [0.0, HALF_LIFE_S, 2 * HALF_LIFE_S]
-        last = release(base, noise, ends, noise_std=std)[-1]
+        last = release(base, noise, days(*ends), noise_std=std)[-1]
         assert float(last.popularity.std()) == pytest.approx(last.popularity_std, rel=0.02)
 
     def test_updates_one_after_the_other_equal_one_with_all_periods(self) -> None:
@@ -141,10 +147,30 @@ class TestRelease:
         assert at_once.as_of == one_by_one.as_of
 
     def test_late_periods_do_not_turn_time_back(self) -> None:
-        base = release(state(), np.array([[1.0, 1.0]]), [10 * DAY_S], noise_std=0.0)[-1]
-        late = release(base, np.array([[1.0, 0.0]]), [5 * DAY_S], noise_std=0.0)[-1]
+        base = release(state(), np.array([[1.0, 1.0]]), days(10 * DAY_S), noise_std=0.0)[-1]
+        late = release(base, np.array([[1.0, 0.0]]), days(5 * DAY_S), noise_std=0.0)[-1]
         assert late.as_of == 10 * DAY_S
-        assert late.popularity.tolist() == [2.0, 1.0]
+        aged = 2 ** (-5 * DAY_S / HALF_LIFE_S)
+        assert late.popularity == pytest.approx([1.0 + aged, 1.0])
+        assert late.recent.tolist() == [1.0, 1.0]
+
+    def test_late_periods_end_up_as_if_they_had_come_in_time(self) -> None:
+        counts = np.array([[4.0, 1.0], [2.0, 8.0]])
+        in_time = release(state(), counts, days(DAY_S, 9 * DAY_S), noise_std=1.5)[-1]
+        newer_first = release(state(), counts[1:], days(9 * DAY_S), noise_std=1.5)[-1]
+        late = release(newer_first, counts[:1], days(DAY_S), noise_std=1.5)[-1]
+        assert late.popularity == pytest.approx(in_time.popularity)
+        assert late.popularity_std == pytest.approx(in_time.popularity_std)
+        assert late.recent.tolist() == in_time.recent.tolist()
+        assert late.num_days == pytest.approx(in_time.num_days)
+
+    def test_a_trend_compares_sales_a_day_not_periods_of_different_length(self) -> None:
+        steady = [Period(end=7 * DAY_S, num_days=7.0), Period(end=8 * DAY_S, num_days=1.0)]
+        counts = np.array([[700.0, 700.0], [100.0, 300.0]])
+        last = release(state(), counts, steady, noise_std=0.0)[-1]
+        same, doubled = last.statistics()[1]
+        assert abs(same) < 0.1
+        assert doubled > 0.4
 
 
 class TestTable:
@@ -207,14 +233,16 @@ class TestSavedState:
         assert read.catalogue.schema == saved.catalogue.schema
         for name in ("popularity", "recent"):
             assert getattr(read, name).tolist() == getattr(saved, name).tolist()
-        for name in ("popularity_std", "recent_std", "num_periods", "as_of", "half_life_s"):
+        for name in (
+            "popularity_std", "recent_std", "recent_days", "num_days", "as_of", "half_life_s",
+        ):  # fmt: skip
             assert getattr(read, name) == getattr(saved, name)
 
     def test_raw_counts_are_nowhere_in_what_is_saved(self, local_root: Root) -> None:
         raw = np.array([[4321.0, 1234.0]])
         noised = raw + np.array([[0.7, -3.3]])
         save_item_state(
-            local_root, "u0001-aaaaaa", release(state(), noised, [DAY_S], noise_std=3.0)[-1]
+            local_root, "u0001-aaaaaa", release(state(), noised, days(DAY_S), noise_std=3.0)[-1]
         )
         read = load_item_state(local_root, "u0001-aaaaaa")
         saved = np.concatenate([read.popularity, read.recent])
@@ -232,7 +260,7 @@ class TestReadItems:
 
     def test_rows_without_an_id_are_left_out(self, local_root: Root) -> None:
         frame = pl.DataFrame([item("a"), item(""), {**item("c"), "item_id": None}])
-        read, _ = read_items(local_root, [self.write(local_root, frame)])
+        read, _, _ = read_items(local_root, [self.write(local_root, frame)])
         assert read["item_id"].to_list() == ["a"]
 
     def test_missing_columns_are_null_and_a_row_without_time_is_the_oldest(
@@ -240,7 +268,7 @@ class TestReadItems:
     ) -> None:
         bare = self.write(local_root, pl.DataFrame({"item_id": ["a"]}), "z")
         full = self.write(local_root, pl.DataFrame([item("a", title="Milk")]), "b")
-        read, _ = read_items(local_root, [full, bare])
+        read, _, _ = read_items(local_root, [full, bare])
         assert read.schema == pl.Schema(ITEM_SCHEMA)
         assert state(*read.rows(named=True)).catalogue["title"].to_list() == ["Milk"]
 
@@ -257,7 +285,7 @@ class TestReadItems:
         self, local_root: Root, updated_at: pl.Series
     ) -> None:
         frame = pl.DataFrame([item("a")]).with_columns(updated_at.alias("updated_at"))
-        read, _ = read_items(local_root, [self.write(local_root, frame)])
+        read, _, _ = read_items(local_root, [self.write(local_root, frame)])
         assert read["updated_at"].to_list() == [day(2)]
 
     def test_a_file_without_ids_or_of_wrong_types_is_named(self, local_root: Root) -> None:
@@ -266,7 +294,7 @@ class TestReadItems:
         nested = self.write(local_root, pl.DataFrame({"item_id": [["a"]]}), "nested")
         local_root.put("items/dt=2017-03-01/junk.parquet", b"no parquet")
         junk = FileRef(path="items/dt=2017-03-01/junk.parquet", size_bytes=1, etag="e")
-        read, bad_files = read_items(local_root, [nameless, nested, junk, good])
+        read, _, bad_files = read_items(local_root, [nameless, nested, junk, good])
         assert read["item_id"].to_list() == ["a"], "one bad file does not hold the others up"
         reasons = {path.rpartition("/")[2]: reason for path, reason in bad_files.items()}
         assert reasons.keys() == {"nameless.parquet", "nested.parquet", "junk.parquet"}
@@ -275,6 +303,6 @@ class TestReadItems:
         assert "is not a readable parquet file" in reasons["junk.parquet"]
 
     def test_no_files_are_no_rows_of_the_contract(self, local_root: Root) -> None:
-        read, _ = read_items(local_root, [])
+        read, _, _ = read_items(local_root, [])
         assert read.is_empty()
         assert read.schema == pl.Schema(ITEM_SCHEMA)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.parse
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +20,9 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
-from raysys.errors import RaysysError, RootError, StorageUnavailableError
+from raysys.errors import RootError
 from raysys.storage import Root
-from raysys.storage.s3 import _s3_error
 from tests.helpers import OverwritingRoot
 
 NUM_WRITERS = 8
@@ -363,105 +360,3 @@ class TestLocalRoot:
         root = Root((tmp_path / "a b[c]%20ü").as_uri())
         root.put("x", b"1")
         assert (tmp_path / "a b[c]%20ü" / "x").read_bytes() == b"1"
-
-
-def client_error(code: str) -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": code}}, "PutObject")
-
-
-def caused(error: Exception, code: str) -> Exception:
-    error.__cause__ = client_error(code)
-    return error
-
-
-class TestS3Root:
-    def test_a_missing_bucket_is_told(self, s3_root: str) -> None:
-        root = Root("s3://no-such-bucket/x")
-        calls: list[Callable[[], Any]] = [
-            root.check_writable,
-            lambda: root.list("events"),
-            lambda: root.read_bytes("a"),
-        ]
-        for call in calls:
-            with pytest.raises(RootError, match="the bucket does not exist; create it"):
-                call()
-
-    def test_a_root_may_be_a_whole_bucket(self, s3_root: str) -> None:
-        root, path = Root(s3_root), f"whole/{uuid.uuid4().hex}"
-        root.put(path, b"1")
-        assert root.read_bytes(path) == b"1"
-        assert [o.path for o in root.list("whole")] == [path]
-
-    def test_an_answer_that_was_lost_still_counts_as_ours(
-        self, s3_root: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        root = Root(f"{s3_root}/{uuid.uuid4().hex}")
-        filesystem: Any = root.arrow()[0].handler.fs
-        put = filesystem.pipe_file
-
-        def put_twice(*args: Any, **kwargs: Any) -> None:
-            put(*args, **kwargs)
-            put(*args, **kwargs)
-
-        monkeypatch.setattr(filesystem, "pipe_file", put_twice)
-        assert root.put_if_absent("a", b"")
-        assert not root.put_if_absent("a", b"")
-
-    def test_a_conflict_of_two_uploads_is_asked_again(
-        self, s3_root: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        root = Root(f"{s3_root}/{uuid.uuid4().hex}")
-        filesystem: Any = root.arrow()[0].handler.fs
-        put, conflicts = filesystem.pipe_file, [1, 2]
-
-        def conflict_first(*args: Any, **kwargs: Any) -> None:
-            if conflicts:
-                conflicts.pop()
-                raise caused(OSError(errno.EIO, "conflict"), "ConditionalRequestConflict")
-            put(*args, **kwargs)
-
-        monkeypatch.setattr(filesystem, "pipe_file", conflict_first)
-        assert root.put_if_absent("a", b"")
-
-    def test_a_store_that_does_not_answer_is_transient(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        with pytest.raises(StorageUnavailableError, match=r"s3://b/ledger/1: .*did not answer"):
-            Root("s3://b").read_bytes("ledger/1")
-
-    @pytest.mark.parametrize(
-        ("error", "expected"),
-        [
-            pytest.param(caused(PermissionError("no"), "AccessDenied"), RootError, id="denied"),
-            pytest.param(NoCredentialsError(), RootError, id="no-credentials"),
-            pytest.param(caused(OSError(errno.EINVAL, "x"), "InvalidURI"), RootError, id="invalid"),
-            pytest.param(caused(FileNotFoundError("x"), "NoSuchBucket"), RootError, id="bucket"),
-            pytest.param(
-                caused(FileNotFoundError("x"), "NoSuchKey"), FileNotFoundError, id="object"
-            ),
-            pytest.param(
-                caused(OSError(errno.EBUSY, "x"), "SlowDown"), StorageUnavailableError, id="slow"
-            ),
-            pytest.param(
-                caused(OSError(errno.EREMOTEIO, "x"), "InternalError"),
-                StorageUnavailableError,
-                id="500",
-            ),
-            pytest.param(TimeoutError(), StorageUnavailableError, id="timeout"),
-            pytest.param(
-                EndpointConnectionError(endpoint_url="http://x"),
-                StorageUnavailableError,
-                id="unreachable",
-            ),
-        ],
-    )
-    def test_errors_of_the_store_get_a_class_and_one_line(
-        self, error: Exception, expected: type[Exception]
-    ) -> None:
-        told = _s3_error(error, "s3://b/p", "ledger/1")
-        assert type(told) is expected and "s3://b/p" in str(told)
-        assert not isinstance(told, RaysysError) or "\n" not in str(told)

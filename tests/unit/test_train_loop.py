@@ -18,7 +18,8 @@ from peft import PeftModel
 
 from raysys.errors import PrivacyError
 from raysys.evaluate.metrics import ranking_metrics
-from raysys.ingest.examples import NUM_ATTENDED, Case, ExampleSet, read_cases
+from raysys.ingest.cases import Case, read_cases
+from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
 from raysys.ingest.features import UserHistory, features
 from raysys.model.encoder import TextEncoder, TokenActivations, load_encoder
 from raysys.model.ranker import RankerModule
@@ -285,20 +286,18 @@ def test_a_weight_beside_the_engine_stops_the_first_step(
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """The arguments of each forward pass and of its loss."""
     seen: list[dict[str, torch.Tensor]] = []
-    original, loss = loop.RankerModule.forward, loop.listwise_loss
+    original, loss = loop.RankerModule.forward, loop.LOSSES["listwise"]
 
     def forward(self: Any, **batch: torch.Tensor) -> torch.Tensor:
         seen.append(dict(batch))
         return original(self, **batch)
 
-    def record(
-        scores: torch.Tensor, gains: torch.Tensor, log_q: torch.Tensor, valid: torch.Tensor
-    ) -> torch.Tensor:
-        seen[-1].update(gains=gains, log_q=log_q, valid=valid)
-        return loss(scores, gains, log_q, valid)
+    def record(scores: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
+        seen[-1].update(labels)
+        return loss(scores, **labels)
 
     monkeypatch.setattr(loop.RankerModule, "forward", forward)
-    monkeypatch.setattr(loop, "listwise_loss", record)
+    monkeypatch.setattr(loop, "LOSSES", {"listwise": record})
     return seen
 
 

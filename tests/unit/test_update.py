@@ -21,7 +21,14 @@ from raysys.registry.version import version_path
 from raysys.rollout.state import abort, promote, start
 from raysys.storage import Root
 from tests.stub_steps import Steps
-from tests.update_shop import DAYS, contents, write_catalogue, write_day, write_shop
+from tests.update_shop import (
+    DAYS,
+    contents,
+    find_problems,
+    write_catalogue,
+    write_day,
+    write_shop,
+)
 
 JOB = Path(__file__).parents[2] / "jobs" / "update.py"
 
@@ -143,6 +150,28 @@ class TestJob:
         with pytest.raises(AssertionError, match="a unit test started Ray"):
             runpy.run_path(str(JOB))["update"](load_config(shop.config))
         assert list(Log(shop.root).entries()) == []
+
+
+class TestSetAside:
+    def test_what_the_plan_leaves_out_is_recorded_listed_and_asked_about_once(
+        self, shop: Shop, steps: Steps
+    ) -> None:
+        shop.commit(steps)
+        late = f"events/dt={DAYS[0]}/late.parquet"
+        write_day(shop.root, DAYS[0], name="late.parquet")
+        write_day(shop.root, DAYS[1])
+        shop.append("partitions: {late_files: quarantine}")
+        record = shop.commit(steps)
+        assert [(aside.path, aside.kind) for aside in record.set_aside] == [(late, "late")]
+        listed = json.loads(shop.root.read_bytes(f"quarantine/{record.update_id}/files.json"))
+        first = Log(shop.root).refresh().committed[0].update_id
+        reason = f"late: came after update {first} consumed events/dt={DAYS[0]}"
+        assert listed == {late: reason}
+
+        shop.configure()
+        write_day(shop.root, DAYS[2])
+        assert shop.commit(steps).set_aside == ()
+        assert find_problems(shop.root) == []
 
 
 class TestPrivacyStatement:

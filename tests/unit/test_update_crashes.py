@@ -1,18 +1,25 @@
-"""An update killed before any of its changes on disk, then run again, ends as if undisturbed."""
+"""An update that dies at any of its changes of the root, then runs again, ends as if undisturbed.
+
+So does one that finds the disk full, once there is room again. See `test_storage_crashes.py` for
+why an exception may stand for SIGKILL.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from raysys import update
+from raysys import reserve, update
 from raysys.config import load_config
-from raysys.errors import EmptyPlanError
+from raysys.errors import EmptyPlanError, RootError
+from raysys.ledger.fold import Draft
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import Entry, UpdateCommitted, UpdateStarted
@@ -20,20 +27,28 @@ from raysys.ledger.state import State
 from raysys.partitions.plan import plan_update
 from raysys.registry.version import Manifest
 from raysys.storage import Root
-from tests.stub_steps import Steps, kill_before
+from tests.crashes import fill_disk_before, kill_at_request, kill_before
+from tests.stub_steps import Steps
 from tests.update_shop import DAYS, find_problems, write_catalogue, write_day, write_shop
+
+STAGES = {
+    "not started", "reserved", "ingested", "trained", "published", "committed", "cleaned up",
+}  # fmt: skip
 
 
 class Shop:
     """A root that can be put back to how it was."""
 
-    def __init__(self, folder: Path, encoder: str, steps: Steps) -> None:
-        self.root = Root((folder / "root").as_uri())
-        self.config = load_config(write_shop(folder, self.root, encoder))
+    def __init__(self, folder: Path, root: Root, encoder: str, steps: Steps) -> None:
+        self.root = root
+        # A renewal by the heartbeat would be a change at a time of its own.
+        self.config = load_config(write_shop(folder, root, encoder, lease_s=600.0))
         self.steps = steps
         self._folder, self._saved = folder / "root", folder / "saved"
+        self._num_saved_records = 0
 
     def save(self) -> None:
+        self._num_saved_records = len(self.root.list("ledger"))
         shutil.rmtree(self._saved, ignore_errors=True)
         shutil.copytree(self._folder, self._saved)
 
@@ -53,8 +68,8 @@ class Shop:
 
     def stage(self) -> str:
         """How far the last update came, by what it left."""
-        before = len(list(Log(Root(self._saved.as_uri())).entries()))
-        records = [entry.record for entry in list(Log(self.root).entries())[before:]]
+        entries = list(Log(self.root).entries())[self._num_saved_records :]
+        records = [entry.record for entry in entries]
         if not records:
             return "not started"
         assert isinstance(records[0], UpdateStarted)
@@ -68,6 +83,21 @@ class Shop:
         return "ingested" if self.root.list(f"state/{own}") else "reserved"
 
 
+class S3Shop(Shop):
+    """The same on S3."""
+
+    def save(self) -> None:
+        self._num_saved_records = len(self.root.list("ledger"))
+        self._contents = {info: self.root.read_bytes(info.path) for info in self.root.list("")}
+
+    def restore(self) -> None:
+        found = set(self.root.list(""))
+        for info in found - self._contents.keys():
+            self.root.delete_prefix(info.path)
+        for info in self._contents.keys() - found:
+            self.root.put(info.path, self._contents[info])
+
+
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     # A killed process loses nothing that the kernel has, so durability is not what is tested.
@@ -75,10 +105,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
-@pytest.fixture
-def first_update(tmp_path: Path, tiny_encoder: str, steps: Steps) -> Shop:
+def open_shop(shop: Shop) -> Shop:
     """A shop with a catalogue and two days that nobody read yet."""
-    shop = Shop(tmp_path, tiny_encoder, steps)
     write_catalogue(shop.root)
     for day in DAYS[:2]:
         write_day(shop.root, day)
@@ -86,14 +114,30 @@ def first_update(tmp_path: Path, tiny_encoder: str, steps: Steps) -> Shop:
     return shop
 
 
+def grow(shop: Shop) -> Shop:
+    """The same shop after an update, with two more days."""
+    shop.update()
+    for day in DAYS[2:4]:
+        write_day(shop.root, day)
+    shop.save()
+    return shop
+
+
+@pytest.fixture
+def first_update(tmp_path: Path, tiny_encoder: str, steps: Steps) -> Shop:
+    root = Root((tmp_path / "root").as_uri())
+    return open_shop(Shop(tmp_path, root, tiny_encoder, steps))
+
+
 @pytest.fixture
 def second_update(first_update: Shop) -> Shop:
-    """The same shop after an update, with two more days."""
-    first_update.update()
-    for day in DAYS[2:4]:
-        write_day(first_update.root, day)
-    first_update.save()
-    return first_update
+    return grow(first_update)
+
+
+@pytest.fixture
+def second_update_on_s3(tmp_path: Path, s3_root: str, tiny_encoder: str, steps: Steps) -> Shop:
+    root = Root(f"{s3_root}/{uuid.uuid4().hex}")
+    return grow(open_shop(S3Shop(tmp_path, root, tiny_encoder, steps)))
 
 
 def crashes(shop: Shop) -> Iterator[int]:
@@ -130,9 +174,7 @@ def test_a_killed_update_that_runs_again_ends_as_an_undisturbed_one(
         shop.update_again()
         assert find_problems(shop.root) == [], f"killed before change {change}"
         assert consumed(shop.root) == expected, f"killed before change {change}"
-    assert stages == {
-        "not started", "reserved", "ingested", "trained", "published", "committed", "cleaned up",
-    }  # fmt: skip
+    assert stages == STAGES
 
 
 def test_so_does_one_that_is_killed_again_while_it_takes_over(second_update: Shop) -> None:
@@ -143,6 +185,60 @@ def test_so_does_one_that_is_killed_again_while_it_takes_over(second_update: Sho
         shop.update_again()
         assert find_problems(shop.root) == [], f"killed twice before change {change}"
         assert consumed(shop.root) == expected, f"killed twice before change {change}"
+
+
+def test_so_does_one_on_s3_that_is_killed_at_any_request(second_update_on_s3: Shop) -> None:
+    """Killed before the first is sent, and once each has acted and its answer is not there yet.
+
+    The latter is also before the next one is sent: in between nothing changes the root.
+    """
+    shop = second_update_on_s3
+    expected, stages = undisturbed(shop), set()
+    num_requests = kill_at_request(None, shop.update, acted=True)
+    moments = [(0, False), *((request, True) for request in range(num_requests))]
+    for request, acted in moments:
+        shop.restore()
+        assert kill_at_request(request, shop.update, acted=acted) == request
+        stages.add(shop.stage())
+        shop.update_again()
+        assert find_problems(shop.root) == [], f"killed at request {request}"
+        assert consumed(shop.root) == expected, f"killed at request {request}"
+    assert stages == STAGES
+
+
+def test_an_update_that_finds_the_disk_full_says_so_and_ends_well_once_there_is_room(
+    second_update: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = second_update
+    expected, told = undisturbed(shop), []
+    num_changes = kill_before(None, shop.update)
+    for change in range(num_changes):
+        shop.restore()
+        try:
+            fill_disk_before(change, shop.update)
+        except RootError as error:
+            told.append(str(error))
+        assert find_torn(shop.root) == [], f"disk full at change {change}"
+        shop.update_again()
+        assert find_problems(shop.root) == [], f"disk full at change {change}"
+        assert consumed(shop.root) == expected, f"disk full at change {change}"
+    pattern = (
+        rf"root {shop.root.uri}: cannot write (\S+) \(No space left on device\); free some space"
+    )
+    paths = [match[1] for text in told if (match := re.match(pattern, text))]
+    assert len(paths) == len(told)
+    # What failed first is told, although the lease could not be given up either.
+    for folder in ("ledger/", "staging/", "state/", "quarantine/", "versions/"):
+        assert any(path.startswith(folder) for path in paths)
+    assert "stays active until its lease expires" in caplog.text
+
+
+def find_torn(root: Root) -> list[str]:
+    """Objects that a reader must not see: records that do not read, and writes under way."""
+    Log(root).refresh()
+    return [
+        info.path for info in root.list("") if info.path.startswith(".tmp") or not info.size_bytes
+    ]
 
 
 class LateLease(Lease):
@@ -180,17 +276,17 @@ def clean_up_too_much(patch: pytest.MonkeyPatch, shop: Shop) -> None:
 
 
 def forget_abandoned_charges(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    def charge(state: State, update_id: str, spent: Any, status: str) -> tuple[Any, ...]:
-        kept = [spend for spend in state.spends if status != "abandoned" or spend[0] != update_id]
-        return tuple(kept)
+    def charge(draft: Draft, update_id: str, spent: Any, status: str) -> None:
+        if status == "abandoned":
+            draft.spends.pop(draft.place_in_spends.pop(update_id))
 
-    patch.setattr("raysys.ledger.state._charge", charge)
+    patch.setattr("raysys.ledger.fold._charge", charge)
 
 
 def plan_without_ledger(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    patch.setattr("raysys.ledger.state._double_use", lambda *args: None)
+    patch.setattr("raysys.ledger.rules._double_use", lambda *args: None)
     patch.setattr(
-        update, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
+        reserve, "plan_update", lambda found, state, *rest: plan_update(found, State(), *rest)
     )
 
 

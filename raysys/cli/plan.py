@@ -1,0 +1,145 @@
+"""`raysys plan`: a dry run: what the next update would read, set aside, train on and spend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raysys.cli.options import ConfigOption, JsonOption, open_shop
+from raysys.cli.show import active_json, active_lines, print_result, table
+from raysys.config import Config
+from raysys.errors import RaysysError
+from raysys.evaluate.report import NOT_PRIVATE
+from raysys.ledger.records import PartitionRef, PrivacySpend
+from raysys.ledger.state import State
+from raysys.partitions.plan import UpdatePlan
+from raysys.storage import Root
+
+if TYPE_CHECKING:
+    from raysys.privacy.budget import Forecast
+
+_MAX_ROWS = 40
+"""Partitions listed for people; `--json` lists all."""
+
+
+def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
+    """Show what the next update would read, set aside and spend. Changes nothing.
+
+    Ends with 1 and the update's own message where the update would be refused.
+    """
+    # dp-accounting takes most of a second to import, which the other commands need not wait for.
+    from raysys.privacy.budget import forecast
+    from raysys.reserve import Planner, planned_spend
+
+    shop, log = open_shop(config)
+    state = log.refresh()
+    planned = Planner(Root(shop.root), shop).plan(state)
+    spend = planned_spend(shop, planned)
+    expected = forecast(state, [spend], shop.privacy) if shop.privacy.enabled else None
+    refusal = _refusal(shop, state, planned, spend)
+    print_result(
+        _body(shop, state, planned, spend, expected, refusal),
+        as_json,
+        [
+            *_partition_lines(planned),
+            *(f"set aside  {aside.path}: {aside.reason}" for aside in planned.set_aside),
+            _start_line(planned),
+            f"watermark  {planned.watermark} (now {state.watermark or 'none'})",
+            *_spend_lines(spend, expected),
+            *active_lines(state),
+        ],
+    )
+    if refusal is not None:
+        raise refusal
+
+
+def _refusal(
+    shop: Config, state: State, planned: UpdatePlan, spend: PrivacySpend
+) -> RaysysError | None:
+    """Returns what the update would raise before it reads: the first of what can be told now."""
+    from raysys.ingest.pseudonym import Pseudonymizer, check_key
+    from raysys.privacy.budget import check_reservation
+    from raysys.reserve import check_catalogue
+
+    def key() -> None:
+        check_key(Pseudonymizer.from_config(shop.pseudonyms), state.user_key_id, shop.root)
+
+    def budget() -> None:
+        if shop.privacy.enabled:
+            check_reservation(state, [spend], shop.privacy)
+
+    checks: Sequence[Callable[[], None]] = (key, budget, lambda: check_catalogue(planned))
+    for check in checks:
+        try:
+            check()
+        except RaysysError as error:
+            return error
+    return None
+
+
+def _body(
+    shop: Config,
+    state: State,
+    planned: UpdatePlan,
+    spend: PrivacySpend,
+    expected: Forecast | None,
+    refusal: RaysysError | None,
+) -> dict[str, Any]:
+    return {
+        "root": shop.root,
+        "partitions": [_partition_json(partition) for partition in planned.partitions],
+        "num_files": len(planned.files),
+        "size_bytes": planned.size_bytes,
+        "num_item_files": len(planned.item_files),
+        "item_files": [file.path for file in planned.item_files],
+        "set_aside": [dataclasses.asdict(aside) for aside in planned.set_aside],
+        "base_version": planned.base_version,
+        "base_state": planned.base_state,
+        "watermark": planned.watermark,
+        "watermark_now": state.watermark,
+        "num_open": planned.num_open,
+        "num_left": planned.num_left,
+        "spend": dataclasses.asdict(spend),
+        "private": shop.privacy.enabled,
+        "privacy": expected and dataclasses.asdict(expected),
+        "refusal": refusal and str(refusal),
+        "active": active_json(state),
+    }
+
+
+def _partition_json(partition: PartitionRef) -> dict[str, Any]:
+    size_bytes = sum(file.size_bytes for file in partition.files)
+    return {"key": partition.key, "num_files": len(partition.files), "size_bytes": size_bytes}
+
+
+def _partition_lines(planned: UpdatePlan) -> list[str]:
+    listed = [_partition_json(partition) for partition in planned.partitions[:_MAX_ROWS]]
+    rows = [[p["key"], p["num_files"], f"{p['size_bytes']:,}"] for p in listed]
+    num_partitions = len(planned.partitions)
+    more = num_partitions - len(rows)
+    left = f", {planned.num_left} left for later updates" if planned.num_left else ""
+    return [
+        *table(["partition", "files", "bytes"], rows),
+        *([f"… and {more} more"] if more else []),
+        f"{num_partitions} partitions and {len(planned.item_files)} item files are new "
+        f"({planned.size_bytes:,} bytes), {planned.num_open} partitions still open{left}",
+    ]
+
+
+def _start_line(planned: UpdatePlan) -> str:
+    state = f"the state of {planned.base_state}" if planned.base_state else "no state"
+    return f"starts     from {planned.base_version or 'a head set by hand'} and {state}"
+
+
+def _spend_lines(spend: PrivacySpend, expected: Forecast | None) -> list[str]:
+    what = f"{spend.num_steps} steps and {spend.num_count_releases} releases of item counts"
+    if expected is None:
+        return [f"trains     {what}", NOT_PRIVATE]
+    return [
+        f"spends     {what}: epsilon {expected.epsilon_alone:.3f} alone, from "
+        f"{expected.epsilon_spent:.3f} to {expected.epsilon_after:.3f} of "
+        f"{expected.epsilon_total:g}, {expected.epsilon_left:.3f} left",
+        f"           unit: a {expected.unit}; neighbours: {expected.relation}; delta "
+        f"{expected.delta:g}; accountant: {expected.accountant}",
+    ]

@@ -1,0 +1,236 @@
+"""Labels: which outcome belongs to which impression, and when an impression may be trained on.
+
+    new impressions + those that wait ┐
+    new outcomes + recent ones        ┴ label() -> requests to train on now, and what waits on
+
+A request is what one user was shown at once. It is mature when its attribution window has closed
+before the horizon, the end of the newest partition: then it is trained on, once, with the outcomes
+that came in time. Outcomes that no impression explains are requests of their own; sampled negatives
+stand in for what was shown. Every impression and every outcome is counted where it went.
+
+Pure Polars: the shard's task calls it. Source: EasyRec's sample join (positives wait, late ones are
+emitted on their own), and Databricks' watermarks. Here what waits is state of the last commit, so
+nothing is joined twice or lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+
+from raysys.config import LabelConfig
+
+REQUEST = ["user", "request_id"]
+SHOWN_ITEM = [*REQUEST, "item"]
+
+OUTCOME_SCHEMA = {
+    "user": pl.String(),
+    "event_id": pl.String(),
+    "item": pl.Int32(),
+    "ts": pl.Float64(),
+    "request_id": pl.String(),
+    "query": pl.String(),
+    "gain": pl.Float64(),
+    "weight": pl.Float64(),
+}
+"""`weight` is the gain over the largest gain; it is what histories add up."""
+
+IMPRESSION_SCHEMA = {
+    "user": pl.String(),
+    "item": pl.Int32(),
+    "ts": pl.Float64(),
+    "request_id": pl.String(),
+    "query": pl.String(),
+    "position": pl.Int32(),
+    "popularity": pl.Float32(),
+    "trend": pl.Float32(),
+}
+"""`popularity` and `trend` are what was public of the item when it was shown."""
+
+CLOSED_SCHEMA = {
+    "user": pl.String(),
+    "request_id": pl.String(),
+    "ts": pl.Float64(),
+    "shown": pl.Boolean(),
+}
+"""Requests that were trained on or passed by; `shown` if by their impressions."""
+
+_IN_TIME = pl.col("ts").is_between(pl.col("_shown_ts"), pl.col("closes_at"))
+
+OUTCOME_FATES = (
+    "attributed",
+    "waiting",
+    "late_outcome",
+    "before_impression",
+    "not_shown",
+    "without_impression",
+    "late_event",
+)
+IMPRESSION_FATES = ("trained", "without_outcome", "waiting", "repeated", "late_impression")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """What one update leaves to the next: state of a shard."""
+
+    impressions: pl.DataFrame
+    """IMPRESSION_SCHEMA: of requests that are not mature."""
+    recent: pl.DataFrame
+    """OUTCOME_SCHEMA: of the last attribution window; histories do not hold them yet."""
+    closed: pl.DataFrame
+    """CLOSED_SCHEMA: of the last `late_window_s`."""
+
+    @classmethod
+    def nothing(cls) -> Waiting:
+        """What waits before the first update."""
+        return cls(
+            impressions=pl.DataFrame(schema=IMPRESSION_SCHEMA),
+            recent=pl.DataFrame(schema=OUTCOME_SCHEMA),
+            closed=pl.DataFrame(schema=CLOSED_SCHEMA),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """A shard's requests, labelled or waiting."""
+
+    mature: pl.DataFrame
+    """IMPRESSION_SCHEMA plus `gain`, 0 without an outcome: of requests to train on now."""
+    unshown: pl.DataFrame
+    """OUTCOME_SCHEMA: outcomes that no impression explains."""
+    waiting: Waiting
+    settled: pl.DataFrame
+    """OUTCOME_SCHEMA: outcomes that go into the histories now; those in `waiting.recent` do not."""
+    impressions: dict[str, int]
+    """IMPRESSION_FATES of the rows that waited and the new ones together."""
+    outcomes: dict[str, int]
+    """OUTCOME_FATES of the new rows."""
+
+
+def attribute(shown: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+    """Returns `shown` with the largest `gain` among each row's outcomes in time, 0 without one.
+
+    Args:
+      shown: SHOWN_ITEM columns, `ts` and `closes_at`, each user's item of a request once.
+      outcomes: SHOWN_ITEM columns, `ts` and `gain`. One counts if it came at or after the
+        impression and at or before `closes_at`.
+    """
+    items = shown.select(*SHOWN_ITEM, "closes_at", pl.col("ts").alias("_shown_ts"))
+    rows = items.with_row_index("_row")
+    # The few are looked up among the many, and only what was found is grouped.
+    pairs = rows.join(outcomes.select(*SHOWN_ITEM, "ts", "gain"), on=SHOWN_ITEM, how="inner")
+    best = pairs.filter(_IN_TIME).group_by("_row").agg(pl.col("gain").max())
+    gain = np.zeros(len(shown))
+    gain[best["_row"].to_numpy()] = best["gain"].to_numpy()
+    return shown.with_columns(pl.Series("gain", gain))
+
+
+def label(
+    impressions: pl.DataFrame,
+    outcomes: pl.DataFrame,
+    before: Waiting,
+    histories: pl.DataFrame,
+    *,
+    horizon: float,
+    config: LabelConfig,
+) -> Labelled:
+    """Labels what is mature.
+
+    Args:
+      impressions: IMPRESSION_SCHEMA: the update's own.
+      outcomes: OUTCOME_SCHEMA: the update's own, each event once.
+      histories: The settled ones: `user`, `last_ts`. What is older than a user's cannot be trained
+        on, since the history that it would be seen with already holds what followed.
+      horizon: UNIX seconds up to which all is known: the end of the newest partition.
+    """
+    shown, rejected = _open_requests(impressions, before, histories)
+    closes_at = pl.col("ts").min().over(REQUEST) + config.attribution_window_s
+    shown = shown.with_columns(closes_at=closes_at)
+    known = pl.concat([before.recent, outcomes])
+    is_mature = pl.col("closes_at") <= horizon
+    labelled = attribute(shown, known)
+    mature, waits = labelled.filter(is_mature), labelled.filter(~is_mature)
+    fates = _fates(outcomes, shown, before.closed, histories, horizon)
+    unshown = outcomes.filter(fates == "without_impression")
+    is_recent = pl.col("ts") > horizon - config.attribution_window_s
+    with_outcome = pl.col("gain").max().over(REQUEST) > 0
+    num_trained = len(mature.filter(with_outcome)) if len(mature) else 0
+    return Labelled(
+        mature=mature.drop("closes_at"),
+        unshown=unshown,
+        waiting=Waiting(
+            impressions=waits.select(list(IMPRESSION_SCHEMA)),
+            recent=known.filter(is_recent),
+            closed=_closed(before.closed, mature, unshown, horizon - config.late_window_s),
+        ),
+        settled=known.filter(~is_recent),
+        impressions={
+            "trained": num_trained,
+            "without_outcome": len(mature) - num_trained,
+            "waiting": len(waits),
+            **rejected,
+        },
+        outcomes={fate: int((fates == fate).sum()) for fate in OUTCOME_FATES},
+    )
+
+
+def _open_requests(
+    impressions: pl.DataFrame, before: Waiting, histories: pl.DataFrame
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Returns the impressions of requests that were not trained on, each item of a request once."""
+    in_time = impressions.filter(~_is_too_old(impressions, histories))
+    fresh = in_time.join(before.closed, on=REQUEST, how="anti", maintain_order="left")
+    rows = pl.concat([before.impressions, fresh])
+    distinct = rows.unique(SHOWN_ITEM, keep="first", maintain_order=True)
+    return distinct, {
+        "repeated": len(rows) - len(distinct),
+        "late_impression": len(impressions) - len(fresh),
+    }
+
+
+def _fates(
+    outcomes: pl.DataFrame,
+    shown: pl.DataFrame,
+    closed: pl.DataFrame,
+    histories: pl.DataFrame,
+    horizon: float,
+) -> pl.Series:
+    """Returns which of OUTCOME_FATES each outcome has."""
+    items = shown.select(*SHOWN_ITEM, pl.col("ts").alias("_shown_ts"), "closes_at")
+    requests = shown.select(REQUEST).unique().with_columns(_open=pl.lit(True))
+    passed = closed.filter("shown").select(REQUEST).unique().with_columns(_passed=pl.lit(True))
+    joined = outcomes
+    for other, key in ((items, SHOWN_ITEM), (requests, REQUEST), (passed, REQUEST)):
+        joined = joined.join(other, on=key, how="left", maintain_order="left")
+    was_shown = pl.col("_shown_ts").is_not_null()
+    fate = (
+        pl.when(was_shown & _IN_TIME & (pl.col("closes_at") <= horizon))
+        .then(pl.lit("attributed"))
+        .when(was_shown & _IN_TIME).then(pl.lit("waiting"))
+        .when(was_shown & (pl.col("ts") < pl.col("_shown_ts"))).then(pl.lit("before_impression"))
+        .when(was_shown | pl.col("_passed").is_not_null()).then(pl.lit("late_outcome"))
+        .when(pl.col("_open").is_not_null()).then(pl.lit("not_shown"))
+        .when(pl.Series(_is_too_old(outcomes, histories))).then(pl.lit("late_event"))
+        .otherwise(pl.lit("without_impression"))
+    )  # fmt: skip
+    return joined.select(fate.alias("fate"))["fate"]
+
+
+def _is_too_old(rows: pl.DataFrame, histories: pl.DataFrame) -> pl.Series:
+    last = histories.group_by("user").agg(pl.col("last_ts").max())
+    joined = rows.select("user", "ts").join(last, on="user", how="left", maintain_order="left")
+    return joined.select(_old=(pl.col("ts") <= pl.col("last_ts")).fill_null(False))["_old"]
+
+
+def _closed(
+    before: pl.DataFrame, mature: pl.DataFrame, unshown: pl.DataFrame, since: float
+) -> pl.DataFrame:
+    parts = [before] + [
+        rows.group_by(REQUEST, maintain_order=True)
+        .agg(pl.col("ts").max())
+        .with_columns(shown=pl.lit(was_shown))
+        for rows, was_shown in ((mature, True), (unshown, False))
+    ]
+    return pl.concat(parts).filter(pl.col("ts") > since)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from raysys.config import Config
 from raysys.errors import ConfigError, EmptyPlanError
 from raysys.ledger.log import Log
-from raysys.ledger.records import PrivacySpend, UpdateCommitted
+from raysys.ledger.records import UpdateCommitted
 from raysys.partitions.discover import PartitionRange
 from raysys.privacy.budget import check_reservation
 from raysys.reserve import Planner, planned_spends
@@ -45,8 +45,8 @@ def run_backfill(
     if days.last is not None and days.last < first:
         raise ConfigError(f"--last {days.last} is before --first {first}; swap them")
     days = dataclasses.replace(days, first=first)
-    spends = plan_backfill(config, days)
-    on_progress(f"{len(spends)} updates of at most {_limit(config, days) or 'all'} partitions each")
+    plan = plan_backfill(config, days)
+    on_progress(plan.describe())
     commits: list[UpdateCommitted] = []
     while True:
         try:
@@ -58,31 +58,53 @@ def run_backfill(
             done = ", ".join(commit.update_id for commit in commits) or "none"
             on_progress(f"stopped; committed before that: {done}. Run it again to go on")
             raise
-        on_progress(f"{len(commits)} of {max(len(spends), len(commits))} updates committed")
+        on_progress(f"{len(commits)} of {max(plan.num_updates, len(commits))} updates committed")
 
 
-def plan_backfill(config: Config, days: PartitionRange) -> Sequence[PrivacySpend]:
-    """Returns what each update needed would spend; none if nothing in the range is new.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BackfillPlan:
+    """What it takes to read all that is new in a range now."""
+
+    num_partitions: int
+    num_updates: int
+    epsilon_after: float | None
+    """Of all updates so far and these; None without privacy, or if nothing is new."""
+
+    def describe(self) -> str:
+        """Returns the plan as one line.
+
+        >>> BackfillPlan(num_partitions=7, num_updates=3, epsilon_after=2.0).describe()
+        '7 partitions are new and take 3 updates; epsilon will be 2.000 after them'
+        """
+        cost = ""
+        if self.epsilon_after is not None:
+            cost = f"; epsilon will be {self.epsilon_after:.3f} after them"
+        return f"{self.num_partitions} partitions are new and take {self.num_updates} updates{cost}"
+
+
+def plan_backfill(config: Config, days: PartitionRange) -> BackfillPlan:
+    """Returns what a backfill takes.
 
     Raises:
-      BudgetExhaustedError: Together they would spend more privacy than is left.
+      BudgetExhaustedError: Together the updates would spend more privacy than is left.
       PartitionChangedError: As `plan_update`.
     """
     root = Root(config.root)
     state = Log(root).refresh()
     # The limit is for one update: here all of them are planned.
-    everything = dataclasses.replace(
-        config, partitions=dataclasses.replace(config.partitions, max_partitions=0)
+    unlimited = dataclasses.replace(config.partitions, max_partitions=0)
+    planner = Planner(
+        root,
+        dataclasses.replace(config, partitions=unlimited),
+        dataclasses.replace(days, max_partitions=0),
     )
     try:
-        plan = Planner(root, everything, dataclasses.replace(days, max_partitions=0)).plan(state)
+        plan = planner.plan(state)
     except EmptyPlanError:
-        return []
-    spends = planned_spends(config, plan, _limit(config, days) or len(plan.partitions))
-    if config.privacy.enabled:
-        check_reservation(state, spends, config.privacy)
-    return spends
-
-
-def _limit(config: Config, days: PartitionRange) -> int:
-    return days.max_partitions or config.partitions.max_partitions
+        return BackfillPlan(num_partitions=0, num_updates=0, epsilon_after=None)
+    limit = days.max_partitions or config.partitions.max_partitions or len(plan.partitions)
+    spends = planned_spends(config, plan, limit)
+    after = check_reservation(state, spends, config.privacy) if config.privacy.enabled else None
+    return BackfillPlan(
+        num_partitions=len(plan.partitions), num_updates=len(spends), epsilon_after=after
+    )

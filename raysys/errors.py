@@ -12,6 +12,7 @@
     │   ├── DataError                 no usable rows, or a column of the wrong kind
     │   ├── PrivacyError              a step would not have the guarantee that it reports
     │   ├── ArtifactError             a version's file is missing or has another hash
+    │   ├── ReplayMismatchError       a replay came out differently
     │   ├── UnknownVersionError       no version of that name was committed
     │   └── TransitionError           the rollout cannot go from this phase to that one
     └── Transient                     may pass by itself: retry later
@@ -80,6 +81,10 @@ class PrivacyError(Terminal):
 
 class ArtifactError(Terminal):
     """A version's file is missing or has another hash than the ledger says."""
+
+
+class ReplayMismatchError(Terminal):
+    """A replay came out differently than the update that it replays."""
 
 
 class UnknownVersionError(Terminal, KeyError):

@@ -43,6 +43,7 @@ from raysys.partitions.plan import UpdatePlan
 from raysys.privacy.accounting import ACCOUNTANT
 from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.plan import PrivacyPlan
+from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
 from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
@@ -190,6 +191,7 @@ def _ingest(run: _Run) -> Ingested:
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
     )
+    Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
     if ingested.column_counts:
         run.on_progress(f"columns: {_told(ingested.column_counts)}")
@@ -245,20 +247,18 @@ def _train(
     config = run.config
     num_new = encode_new_texts(run.root, config.model, texts)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
-    first = base_weights is None
-    job = TrainJob(
-        model=config.model,
-        train=config.train,
-        plan=run.privacy,
-        learning_rate=(
-            config.train.bootstrap_learning_rate if first else config.train.learning_rate
-        ),
+    job = TrainJob.of(
+        config,
+        run.privacy,
         head=base,
         adapted_weight=None if base_weights is None else base_weights.adapted_weight,
         text_of_item=text_of_item,
         seed=run.started.seed,
     )
-    return train(job, texts, root=run.root, update_id=run.update_id, num_shards=ingested.num_shards)
+    return train(
+        job, texts, root=run.root, cache=run.root, update_id=run.update_id,
+        num_shards=ingested.num_shards,
+    )  # fmt: skip
 
 
 def _publish(

@@ -93,7 +93,7 @@ class Steps:
         return len(texts)
 
     def train(
-        self, job: TrainJob, texts: list[str], *, root: Root, update_id: str, num_shards: int
+        self, job: TrainJob, texts: list[str], *, root: Root, update_id: str, **rest: Any
     ) -> TrainOutput:
         self.leases[-1].renew()
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")

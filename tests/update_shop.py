@@ -37,6 +37,7 @@ PARENTS = ("staging", "state", "versions", "quarantine")
 SMALL = """
 model: {{encoder: {encoder}, max_tokens: 8, hidden_units: 8, lora_rank: 2}}
 lease: {{duration_s: {lease_s}}}
+partitions: {{vanished_files: {vanished_files}}}
 ingest:
   num_shards: 2
   num_history_negatives: 6
@@ -51,7 +52,13 @@ gate: {{min_holdout_users: {min_holdout_users}, max_ndcg10_drop: 0.99}}
 
 def write_shop(folder: Path, root: Root, encoder: str, **changes: Any) -> Path:
     """Writes the config of a shop whose gate passes whatever was trained; returns its path."""
-    defaults = {"num_steps": 6, "private": "true", "epsilon_total": 50, "min_holdout_users": 5}
+    defaults = {
+        "num_steps": 6,
+        "private": "true",
+        "epsilon_total": 50,
+        "min_holdout_users": 5,
+        "vanished_files": "fail",
+    }
     values = {"encoder": encoder, "lease_s": 2.0, **defaults, **changes}
     return write_config(folder, root.uri, SMALL.format(**values))
 
@@ -187,6 +194,8 @@ def outline(record: Any) -> dict[str, Any]:
         "base_version": record.base_version is not None,
         "partitions": [[f.path for f in p.files] for p in record.partitions],
         "item_files": [f.path for f in record.item_files],
+        "set_aside": [[aside.kind, aside.path] for aside in record.set_aside],
+        "example_hashes": sorted(_renamed(path, names) for path in record.example_hashes),
         "artifacts": sorted(_renamed(path, names) for path in record.artifacts),
         "metrics": _shape(body["metrics"]),
     }

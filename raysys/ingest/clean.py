@@ -55,7 +55,8 @@ REFUSED_SCHEMA: dict[str, pl.DataType] = {
     **{name: EVENT_SCHEMA[name] for name in ("event_id", "item_id", "ts", "event_type")},
     "reason": pl.String(),
 }
-"""Refused rows, without the user, since quarantine lies below the root like all else."""
+"""Refused rows, without the user, since quarantine lies below the root like all else. In a file
+whose columns are shifted an id may be the user's, and a type anything: they are null then."""
 MAX_CLOCK_SKEW = datetime.timedelta(hours=14)
 """Partitions may be cut by the shop's own time zone."""
 _NEVER_NULLED = REQUIRED_EVENT_COLUMNS | {"user_key_id"}
@@ -101,6 +102,7 @@ class PseudonymCache:
 
     def __init__(self, pseudonymizer: Pseudonymizer) -> None:
         self.key_ids = pseudonymizer.key_ids
+        """Of the pseudonyms that a file may hold."""
         self._pseudonymizer = pseudonymizer
         self._known: dict[str, str] = {}
 
@@ -172,7 +174,7 @@ def _refuse(
     filled: pl.DataFrame,
     fitted: Fitted,
     plan: ColumnPlan,
-    key_ids: Sequence[str],
+    key_ids: tuple[str, ...],
     span: tuple[float, float],
 ) -> tuple[pl.Series, pl.DataFrame]:
     """Returns which rows are refused, and those rows, each with the first reason that holds."""
@@ -181,16 +183,23 @@ def _refuse(
     reasons = _reasons(frame, plan, key_ids, span)
     is_refused = frame.select(pl.any_horizontal(holds for _, holds in reasons)).to_series()
     refused = frame.filter(is_refused) if is_refused.any() else frame.clear()
-    if "event_type" in refused.columns:
-        # A type that is none may be anything, a user id too where a file's columns are shifted.
-        is_type = pl.col("event_type").is_in(list(EVENT_TYPES))
-        refused = refused.with_columns(event_type=pl.when(is_type).then("event_type"))
     first = pl.coalesce(pl.when(holds).then(pl.lit(reason)) for reason, holds in reasons)
-    return is_refused, complete(refused.with_columns(reason=first), REFUSED_SCHEMA)
+    return is_refused, _without_user(refused.with_columns(reason=first))
+
+
+def _without_user(refused: pl.DataFrame) -> pl.DataFrame:
+    rows = complete(refused, REFUSED_SCHEMA | {"user_id": pl.String()})
+    is_good = {
+        "event_id": pl.col("event_id").ne_missing(pl.col("user_id")),
+        "item_id": pl.col("item_id").ne_missing(pl.col("user_id")),
+        "event_type": pl.col("event_type").is_in(list(EVENT_TYPES)),
+    }
+    kept = [pl.when(good).then(name).alias(name) for name, good in is_good.items()]
+    return rows.with_columns(kept).select(list(REFUSED_SCHEMA))
 
 
 def _reasons(
-    frame: pl.DataFrame, plan: ColumnPlan, key_ids: Sequence[str], span: tuple[float, float]
+    frame: pl.DataFrame, plan: ColumnPlan, key_ids: tuple[str, ...], span: tuple[float, float]
 ) -> list[tuple[str, pl.Expr]]:
     """Reasons to refuse a row, each with when it holds (never null), the weightiest first."""
     start, end = (datetime.datetime.fromtimestamp(at, datetime.UTC) for at in span)
@@ -205,7 +214,7 @@ def _reasons(
             ("unknown event_type", ~event_type.is_in(list(EVENT_TYPES)).fill_null(False))
         ],
         "user_key_id": [
-            ("pseudonym of another key", ~own_key.is_in(list(key_ids)).fill_null(True)),
+            ("pseudonym of another key", own_key.is_not_null() & ~own_key.is_in(list(key_ids))),
             ("user_id is no pseudonym", own_key.is_not_null() & ~is_pseudonym("user_id")),
         ],
     }

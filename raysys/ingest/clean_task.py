@@ -17,13 +17,13 @@ from typing import Any
 import polars as pl
 
 from raysys.config import Config
-from raysys.errors import DataError, PartitionChangedError
+from raysys.errors import DataError
 from raysys.ingest.clean import Cleaned
 from raysys.ingest.pseudonym import Pseudonymizer, no_values_in_errors
 from raysys.ingest.read import iter_events
 from raysys.ingest.shards import write_sharded
-from raysys.ledger.records import FileRef
-from raysys.partitions.changes import changed
+from raysys.ledger.records import FileRef, PartitionRef
+from raysys.partitions.discover import require_as_planned
 from raysys.partitions.layout import partition_span, quarantine, staging
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -57,7 +57,6 @@ def clean_task(
     Raises:
       PartitionChangedError: A file is not what was planned any more.
     """
-    _require_unchanged(source, files)
     pseudonymizer = Pseudonymizer.from_config(config.pseudonyms).until(user_key_id)
     parts = _Parts(target, update_id, task, num_shards)
     bad_files: dict[str, str] = {}
@@ -75,8 +74,13 @@ def clean_task(
         except DataError as error:
             bad_files[file.path] = str(error)
             parts.discard_file()
+        except FileNotFoundError:
+            _require_as_planned(source, files)
+            raise
         else:
             parts.keep_file()
+    # After reading: whatever was read is then what was planned, unreadable files included.
+    _require_as_planned(source, files)
     parts.close()
     has_rows = parts.with_rows | bad_files.keys()
     return {
@@ -90,12 +94,10 @@ def clean_task(
     }
 
 
-def _require_unchanged(root: Root, files: Sequence[tuple[str, FileRef]]) -> None:
-    keys = {key for key, _ in files}
-    found = {info.path: info for key in sorted(keys) for info in root.list(key)}
-    for _, file in files:
-        if why := changed(file, found.get(file.path)):
-            raise PartitionChangedError(f"{file.path} {why}; nothing was read twice: submit again")
+def _require_as_planned(root: Root, files: Sequence[tuple[str, FileRef]]) -> None:
+    for key in dict.fromkeys(key for key, _ in files):
+        own = tuple(file for of_key, file in files if of_key == key)
+        require_as_planned(root, PartitionRef(key=key, files=own))
 
 
 class _Parts:

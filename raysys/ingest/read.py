@@ -95,17 +95,19 @@ def read_item_file(source: bytes | BinaryIO, path: str) -> tuple[pl.DataFrame, C
       The rows, and how many of them by what happened to a column, as `ingest.clean` names it.
 
     Raises:
-      DataError: The file is no parquet, cut off or corrupt; it has no `item_id` or a nested column.
+      DataError: The file is no parquet, cut off or corrupt; it has no `item_id`, or a column is
+        nested or of a type of which no value can fit.
     """
     with _readable(path):
         file = _open(source)
         names: list[str] = file.schema_arrow.names
         if "item_id" not in names:
-            there = name_columns(names, ITEM_SCHEMA)
-            raise DataError(f"{path} has no column item_id; it has {there}")
+            raise DataError(
+                f"{path} has no column item_id; it has {name_columns(names, ITEM_SCHEMA)}"
+            )
         present = [name for name in ITEM_SCHEMA if name in names]
         check_types(
-            _types(file.schema_arrow, ITEM_SCHEMA, path), ITEM_SCHEMA, frozenset({"item_id"}), path
+            _types(file.schema_arrow, ITEM_SCHEMA, path), ITEM_SCHEMA, frozenset(ITEM_SCHEMA), path
         )
         frame = _frame(file.read(present).select(present), ITEM_SCHEMA)
     fitted = fit(frame, present, ITEM_SCHEMA)
@@ -208,7 +210,7 @@ def _frame(table: pa.Table, wanted: Mapping[str, pl.DataType]) -> pl.DataFrame:
         # Without metadata: Polars has no use for it and panics where it is no text.
         frame: Any = pl.from_arrow(pa.table(columns))
     except pl.exceptions.PanicException as error:
-        raise pa.ArrowInvalid(str(error)) from error
+        raise pa.ArrowInvalid("Polars cannot take it") from error
     assert isinstance(frame, pl.DataFrame)
     return frame
 
@@ -249,7 +251,6 @@ def _readable(path: str) -> Iterator[None]:
     except (pa.ArrowException, pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
-        # Polars and decoders quote values, and what is said here is written below the root.
-        may_quote = isinstance(error, pl.exceptions.PolarsError | UnicodeDecodeError)
-        reason = type(error).__name__ if may_quote else " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not a readable parquet file: {reason}") from error
+        # Its message may quote what is in the file, and a reason is written below the root.
+        kind = type(error).__name__
+        raise DataError(f"{path} is not a readable parquet file ({kind})") from None

@@ -9,8 +9,9 @@ no harm; one that shows a record after a missing one proves that the ledger was 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from raysys.errors import LedgerCorruptError
@@ -22,7 +23,7 @@ NAME = re.compile(r"(\d{20})\.json")
 _NUM_READERS = 16
 _PER_READER = 16
 """Records that a thread reads at a time: handing one over costs more than a local read."""
-_READ_AHEAD = 8 * _NUM_READERS * _PER_READER
+_READ_AHEAD = 16 * _NUM_READERS * _PER_READER
 _Found = tuple[int, Entry | LedgerCorruptError | None]
 _FEW = 16
 """So many records are read one by one before a listing is worth its price."""
@@ -76,15 +77,16 @@ class Reader:
     def _listed(self, sequence: int) -> Iterator[Entry]:
         names = self._root.list_names(LEDGER, after=f"{sequence:020d}.json")
         last = max((int(m[1]) for m in map(NAME.fullmatch, names) if m), default=sequence)
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for start in range(sequence + 1, last + 1, _READ_AHEAD):
-                end = min(start + _READ_AHEAD, last + 1)
-                parts = [
-                    range(part, min(part + _PER_READER, end))
-                    for part in range(start, end, _PER_READER)
-                ]
-                for found in pool.map(self._read_all, parts):
-                    yield from self._present(found, last)
+        for start in range(sequence + 1, last + 1, _READ_AHEAD):
+            end = min(start + _READ_AHEAD, last + 1)
+            parts = [
+                range(part, min(part + _PER_READER, end)) for part in range(start, end, _PER_READER)
+            ]
+            # No pool stays open over a yield: a generator that is given up is closed by the garbage
+            # collector, in whichever thread that runs, and joining threads there can deadlock.
+            with ThreadPoolExecutor(_NUM_READERS) as pool:
+                found = list(pool.map(self._read_all, parts))
+            yield from self._present(itertools.chain.from_iterable(found), last)
 
     def _read_all(self, sequences: Sequence[int]) -> list[_Found]:
         return [(sequence, self._try_to_read(sequence)) for sequence in sequences]
@@ -95,7 +97,7 @@ class Reader:
         except LedgerCorruptError as error:
             return error  # raised in its turn: those before it are good
 
-    def _present(self, found: list[_Found], last: int) -> Iterator[Entry]:
+    def _present(self, found: Iterable[_Found], last: int) -> Iterator[Entry]:
         for sequence, entry in found:
             if isinstance(entry, LedgerCorruptError):
                 raise entry

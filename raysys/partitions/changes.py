@@ -17,7 +17,7 @@ nothing of it was trained, so it is read like a new one. All here is pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from raysys.config import ChangeOutcome, PartitionConfig
 from raysys.errors import EmptyPlanError, PartitionChangedError
@@ -25,7 +25,6 @@ from raysys.ledger.records import FileRef, PartitionRef, SetAside, SetAsideKind
 from raysys.ledger.state import State
 from raysys.partitions.discover import PartitionRange
 from raysys.partitions.layout import SERVED_FILES, path_day
-from raysys.storage import ObjectInfo
 
 _Problem = tuple[SetAsideKind, FileRef]
 
@@ -90,45 +89,60 @@ def compare(
                 folder = FileRef(path=partition.key, size_bytes=0, etag="")
                 problems.append(("empty", folder))
         elif path_day(partition.key) >= since:
-            files = _changed_files(partition, state, config, problems)
+            files = [
+                file
+                for file in _not_as_consumed(partition, state.consumed_files)
+                if _is_read(file, state, config, problems)
+            ]
             if files:
                 to_read.append(PartitionRef(key=partition.key, files=tuple(files)))
     problems += [("vanished", file) for file in _vanished(found, state, view=view, since=since)]
     return Changes(to_read=tuple(to_read), problems=tuple(problems))
 
 
-def _changed_files(
-    partition: PartitionRef, state: State, config: PartitionConfig, problems: list[_Problem]
+def _not_as_consumed(
+    partition: PartitionRef, consumed_files: Mapping[str, FileRef]
 ) -> list[FileRef]:
-    """Returns the files of a consumed partition that are read; appends those that are not."""
-    to_read = []
-    for file in partition.files:
-        was = state.consumed_files.get(file.path)
-        if was is not None and was.etag == file.etag and was.size_bytes == file.size_bytes:
-            continue
-        if file.content in state.settled_files or (was is None and file.size_bytes == 0):
-            continue
-        kind: SetAsideKind = "late" if was is None else "rewritten"
-        if _is_read(file, kind, state, config):
-            to_read.append(file)
-        else:
-            problems.append((kind, file))
-    return to_read
+    """Returns the files that are new or changed. Of a million partitions it sees each file."""
+    return [
+        file
+        for file in partition.files
+        if (was := consumed_files.get(file.path)) is None
+        or was.etag != file.etag
+        or was.size_bytes != file.size_bytes
+    ]
 
 
-def _is_read(file: FileRef, kind: SetAsideKind, state: State, config: PartitionConfig) -> bool:
-    if kind == "rewritten":
-        return config.rewritten_files == "reprocess" or file.path in state.unreadable_files
-    return config.late_files == "reprocess" or is_served(file.path)
+def _is_read(
+    file: FileRef, state: State, config: PartitionConfig, problems: list[_Problem]
+) -> bool:
+    """Returns whether to read such a file. If not, it is done with, or appended as a problem."""
+    if file.content in state.settled_files:
+        return False
+    if file.path in state.consumed_files:
+        kind: SetAsideKind = "rewritten"
+        is_read = config.rewritten_files == "reprocess" or file.path in state.unreadable_files
+    else:
+        if file.size_bytes == 0:
+            return False
+        kind = "late"
+        is_read = config.late_files == "reprocess" or is_served(file.path)
+    if not is_read:
+        problems.append((kind, file))
+    return is_read
 
 
 def _vanished(
-    found: Iterable[PartitionRef], state: State, *, view: PartitionRange, since: str
+    found: Sequence[PartitionRef], state: State, *, view: PartitionRange, since: str
 ) -> list[FileRef]:
+    consumed = state.consumed_files
+    known = sum(file.path in consumed for partition in found for file in partition.files)
+    if known == len(consumed):
+        return []
     there = {file.path for partition in found for file in partition.files}
     gone = [
         file
-        for path, file in state.consumed_files.items()
+        for path, file in consumed.items()
         if path not in there and path_day(path) >= since and view.has(path_day(path))
     ]
     # Of an unreadable file nothing was trained, so nothing is lost with it.
@@ -202,20 +216,6 @@ def set_aside(kind: SetAsideKind, file: FileRef, state: State) -> SetAside:
         kind=kind,
         reason=_what_happened(kind, file.path, state),
     )
-
-
-def changed(planned: FileRef, found: ObjectInfo | None) -> str | None:
-    """Returns why what is found now is not what was planned, as the end of a sentence.
-
-    >>> file = FileRef(path="events/dt=2017-03-01/a.parquet", size_bytes=7, etag="x")
-    >>> changed(file, None)
-    'vanished after it was planned'
-    """
-    if found is None:
-        return "vanished after it was planned"
-    if found.size_bytes != planned.size_bytes:
-        return f"has {found.size_bytes} bytes, {planned.size_bytes} were planned"
-    return "was written anew after it was planned" if found.etag != planned.etag else None
 
 
 def is_served(path: str) -> bool:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raysys.errors import DataError
+from raysys.errors import DataError, PartitionChangedError
 from raysys.ledger.records import FileRef, PartitionRef
 from raysys.partitions.layout import (
     EVENTS,
@@ -93,6 +93,36 @@ def discover(root: Root, within: PartitionRange = EVERYTHING) -> Discovered:
         partitions=_partitions(files, labels),
         item_files=tuple(_ref(info) for info in root.list(ITEMS) if _is_data(info.path)),
     )
+
+
+def require_as_planned(root: Root, partition: PartitionRef) -> None:
+    """Checks that a partition's files are still those that were planned.
+
+    Called once they have been read: whatever was read is then what was planned.
+
+    Raises:
+      PartitionChangedError: A file changed or vanished meanwhile.
+    """
+    there = {info.path: info for info in root.list(partition.key)}
+    for file in partition.files:
+        if problem := changed(file, there.get(file.path)):
+            raise PartitionChangedError(
+                f"{file.path} {problem}; nothing of it counts: submit again once its writer is done"
+            )
+
+
+def changed(planned: FileRef, found: ObjectInfo | None) -> str | None:
+    """Returns why what is found now is not what was planned, as the end of a sentence.
+
+    >>> file = FileRef(path="events/dt=2017-03-01/a.parquet", size_bytes=7, etag="x")
+    >>> changed(file, None)
+    'vanished after it was planned'
+    """
+    if found is None:
+        return "vanished after it was planned"
+    if found.size_bytes != planned.size_bytes:
+        return f"has {found.size_bytes} bytes, {planned.size_bytes} were planned"
+    return "was written anew after it was planned" if found.etag != planned.etag else None
 
 
 def work_folders(root: Root) -> list[str]:

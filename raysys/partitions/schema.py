@@ -8,7 +8,7 @@ are trained on, with sampled candidates; impressions are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -83,22 +83,6 @@ class ColumnPlan:
     """Whether a wrong value of an optional column becomes null instead of refusing its row."""
 
 
-def name_columns(names: Iterable[str], schema: Mapping[str, pl.DataType]) -> str:
-    """Names those columns that a schema has. Others may be anything: a file without a header has
-    values for names, raw user ids among them.
-
-    >>> name_columns(["ts", "alice@example.com"], EVENT_SCHEMA)
-    "['ts'] and 1 of other names"
-    """
-    known, num_others = [], 0
-    for name in names:
-        if name in schema:
-            known.append(name)
-        else:
-            num_others += 1
-    return f"{known} and {num_others} of other names" if num_others else f"{known}"
-
-
 def plan_columns(
     names: Mapping[str, bool],
     found: Mapping[str, pl.DataType],
@@ -115,15 +99,15 @@ def plan_columns(
       DataError: The file is to be quarantined: a required column is missing without a default or
         has an impossible type, or a column is not to be there.
     """
-    added = tuple(name for name in names if name not in EVENT_SCHEMA)
     absent = [name for name in EVENT_SCHEMA if name not in found]
     filled = {name: value for name, value in config.defaults.items() if name in absent}
     derived = {"event_id"} if config.derive_event_id and "event_id" in absent else set()
     lost = sorted(REQUIRED_EVENT_COLUMNS & set(absent) - set(filled) - derived)
     if lost:
-        there = name_columns(names, EVENT_SCHEMA)
-        raise DataError(f"{path} has no column {', '.join(lost)}; it has {there}")
-    # After the other check: of a file without a header, the added columns are values.
+        raise DataError(
+            f"{path} has no column {', '.join(lost)}; it has {name_columns(names, EVENT_SCHEMA)}"
+        )
+    added = tuple(name for name in names if name not in EVENT_SCHEMA)
     if added and config.added_columns == "fail":
         raise DataError(
             f"{path} has columns that the contract does not know: {', '.join(added)}; "
@@ -158,9 +142,21 @@ def check_types(
     """
     for name in sorted(required & set(found)):
         if not can_fit(found[name], schema[name]):
+            kind = found[name].base_type()
             raise DataError(
-                f"{path} has {found[name]} in column {name}; write it as {accepted(schema[name])}"
+                f"{path} has {kind} in column {name}; write it as {accepted(schema[name])}"
             )
+
+
+def name_columns(names: Collection[str], schema: Mapping[str, pl.DataType]) -> str:
+    """Names those columns that a schema has; in a broken file the others may be user ids.
+
+    >>> name_columns(["ts", "alice@example.com"], EVENT_SCHEMA)
+    "['ts'] and 1 of other names"
+    """
+    known = [name for name in names if name in schema]
+    num_others = len(names) - len(known)
+    return f"{known} and {num_others} of other names" if num_others else f"{known}"
 
 
 def can_fit(found: pl.DataType, wanted: pl.DataType) -> bool:

@@ -9,11 +9,13 @@ writer that is killed leaves the whole object or none. S3 does it with `If-None-
 folder with write, fsync, `link`. Endpoint and credentials of S3 come from the standard AWS
 environment. Paths are relative to the root and "/"-separated.
 
-root.py     what the rest of raysys uses
-local.py    a POSIX folder
-s3.py       a bucket's prefix
-ranges.py   an object as a file that reads ranges
-parquet.py  frames as bytes
+root.py       what the rest of raysys uses
+local.py      a POSIX folder
+s3.py         a bucket's prefix; s3_errors.py says what may pass by itself
+patience.py   how long a store that does not answer is asked again
+ranges.py     an object as a file that reads ranges
+s3_arrow.py   the same for Ray Train, through s3fs
+parquet.py    frames as bytes
 """
 
 from raysys.storage.root import Root

@@ -96,14 +96,16 @@ class LocalStore:
     def _walk(self, top: Path) -> Iterator[ObjectInfo]:
         if not self._is_folder(top):
             return
+        # Strings: of a million files, Path objects would take most of the time.
+        base = os.path.join(self._base, "")
         for folder, folders, names in os.walk(top, onerror=_raise_unless_gone):
-            folders[:] = [name for name in folders if not self._is_temp(f"{folder}/{name}")]
+            folders[:] = [name for name in folders if not self._is_temp(os.path.join(folder, name))]
             for name in names:
-                file = Path(folder, name)
+                file = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):
-                    status = file.stat()
+                    status = os.stat(file)
                     yield ObjectInfo(
-                        path=file.relative_to(self._base).as_posix(),
+                        path=file.removeprefix(base),
                         size_bytes=status.st_size,
                         etag=f"{status.st_mtime_ns:x}-{status.st_size:x}",
                     )
@@ -116,7 +118,7 @@ class LocalStore:
         return folder.is_dir()
 
     def _is_temp(self, folder: str) -> bool:
-        return Path(folder) == self._base / TEMP
+        return folder.endswith(TEMP) and Path(folder) == self._base / TEMP
 
     @contextlib.contextmanager
     def _temp(self, data: bytes) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch.nn.functional import normalize
 
-from raysys.config import ModelConfig, TrainConfig
+from raysys.config import Config, ModelConfig, TrainConfig
 from raysys.errors import PrivacyError
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
@@ -50,7 +50,33 @@ class TrainJob:
     text_of_item: IndexArray
     """(N,) index of each item's text."""
     seed: int
-    """Of LoRA's A. Another one for each update, so that deltas are not all in one subspace."""
+    """Of LoRA's A. Another one for each update, so that deltas are not all in one subspace. Without
+    privacy also of sampling, so that an update can be replayed."""
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        plan: PrivacyPlan,
+        *,
+        head: Head,
+        adapted_weight: FloatArray | None,
+        text_of_item: IndexArray,
+        seed: int,
+    ) -> TrainJob:
+        """Returns the job of an update; the first one, without `adapted_weight`, learns faster."""
+        train = config.train
+        first = adapted_weight is None
+        return cls(
+            model=config.model,
+            train=train,
+            plan=plan,
+            learning_rate=train.bootstrap_learning_rate if first else train.learning_rate,
+            head=head,
+            adapted_weight=adapted_weight,
+            text_of_item=text_of_item,
+            seed=seed,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

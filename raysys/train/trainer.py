@@ -48,9 +48,13 @@ class TrainOutput:
 
 
 def train(
-    job: TrainJob, texts: list[str], *, root: Root, update_id: str, num_shards: int
+    job: TrainJob, texts: list[str], *, root: Root, cache: Root, update_id: str, num_shards: int
 ) -> TrainOutput:
     """Trains on the shards below `staging/<update_id>/`.
+
+    Args:
+      root: Where they are.
+      cache: Where the activations of the texts are.
 
     A failed worker fails the update: a silent restart would spend the reserved privacy twice.
     """
@@ -58,7 +62,7 @@ def train(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "job": job, "texts": texts, "root": root, "update_id": update_id,
+            "job": job, "texts": texts, "root": root, "cache": cache, "update_id": update_id,
             "num_shards": num_shards,
         },
         torch_config=TorchConfig(backend="gloo"),
@@ -101,7 +105,7 @@ def _worker(config: dict[str, Any]) -> None:
             sys.stdout.flush()
 
     trained = train_on_shards(
-        job, shards, load_cached(root, folder).select(config["texts"]),
+        job, shards, load_cached(config["cache"], folder).select(config["texts"]),
         num_workers=num_workers, on_step=on_step,
     )  # fmt: skip
     if rank != 0:

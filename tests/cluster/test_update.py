@@ -19,14 +19,16 @@ from typer.testing import CliRunner
 
 from raysys.cli import app
 from raysys.config import load_config
-from raysys.errors import LeaseHeldError
+from raysys.errors import LeaseHeldError, PartitionChangedError, ReplayMismatchError
 from raysys.evaluate.report import NOT_PRIVATE
 from raysys.ingest.shard_state import load_histories
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import LeaseRenewed, UpdateCommitted, UpdateStarted
+from raysys.registry.recipe import Recipe
 from raysys.registry.store import load_version
 from raysys.registry.version import version_path
+from raysys.replay import replay
 from raysys.storage import Root
 from raysys.update import run_update
 from tests.helpers import file_uses, started
@@ -78,7 +80,7 @@ def histories(root: Root, commit: UpdateCommitted) -> set[tuple[str, int]]:
 
 
 def tell(root: Root, folder: Path, encoder: str) -> Story:
-    config = load_config(write_shop(folder, root, encoder))
+    config = load_config(write_shop(folder, root, encoder, vanished_files="quarantine"))
     story = Story(root=root, num_rows=[], commits=[], problems=[], lines=[], raw_ids_on_the_way=[])
 
     def on_progress(line: str) -> None:
@@ -135,6 +137,10 @@ class TestTwoUpdates:
         assert set(map(len, file_uses(story.commits).values())) == {1}
         assert len(first.item_files) == 1 and second.item_files == ()
         assert (first.watermark, second.watermark) == (DAYS[1], DAYS[2])
+        gone = [f"events/dt={day}/a.parquet" for day in DAYS[:2]]
+        assert [(aside.kind, aside.path) for aside in second.set_aside] == [
+            ("vanished", path) for path in gone
+        ]
 
     def test_the_second_starts_from_the_first(self, story: Story) -> None:
         first, second = story.commits
@@ -159,11 +165,41 @@ class TestTwoUpdates:
         assert not any(name.startswith("quarantined") for name in second.row_counts)
         assert list(first.quarantined_files) == [UNREADABLE]
         assert "not a readable parquet file" in first.quarantined_files[UNREADABLE]
-        refused = pl.read_parquet(
-            story.root.read_bytes(f"quarantine/{first.update_id}/rows-{DAYS[0]}.parquet")
+        rows = pl.read_parquet(
+            story.root.read_bytes(f"quarantine/{first.update_id}/rows-000000-0000.parquet")
         )
-        assert sorted(refused["reason"]) == ["no item_id", "no user_id"]
+        assert sorted(rows["reason"]) == ["no item_id", "no user_id"]
+        assert set(rows["path"]) == {f"events/dt={DAYS[0]}/a.parquet"}
         assert any(UNREADABLE in line for line in story.lines)
+
+    def test_a_version_is_replayed_from_what_it_read_to_the_same_examples(
+        self, story: Story, tmp_path: Path, tiny_encoder: str
+    ) -> None:
+        first, second = story.commits
+        config = load_config(write_shop(tmp_path, story.root, tiny_encoder))
+        before = contents(story.root)
+        done = replay(config, str(second.version))
+        assert (done.update_id, done.weights) == (second.update_id, False)
+        assert done.num_examples > 0 and contents(story.root) == before
+        with pytest.raises(PartitionChangedError, match=f"{DAYS[0]}/a.parquet vanished"):
+            replay(config, first.update_id)
+
+    def test_a_replay_that_comes_out_otherwise_is_refused(
+        self, story: Story, tmp_path: Path, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = load_config(write_shop(tmp_path, story.root, tiny_encoder))
+        version = str(story.commits[1].version)
+        honest = Recipe.load
+
+        def other_cap(root: Root, commit: UpdateCommitted) -> Recipe:
+            recipe = honest(root, commit)
+            recipe.config["ingest"]["max_positives"] = 1
+            return recipe
+
+        monkeypatch.setattr(Recipe, "load", other_cap)
+        with pytest.raises(ReplayMismatchError, match=r"examples/0000\.arrow came out with sha256"):
+            replay(config, version)
+        assert story.root.list("replays") == []
 
     def test_no_raw_user_id_is_kept_or_printed(self, story: Story) -> None:
         assert story.raw_ids_on_the_way == [] and find_raw_ids(story.root) == []
@@ -298,6 +334,9 @@ def test_an_update_killed_in_training_is_taken_over_held_and_built_upon(
     load_version(root, second).check_golden()
     assert second.spent is None and Log(root).refresh().spends == state.spends
     assert NOT_PRIVATE in root.read_bytes(version_path(second.version, "report.md")).decode()
+
+    # Without privacy all draws have a seed, so the weights can be made again too.
+    assert replay(load_config(config), second.version).weights
     write_shop(tmp_path, root, tiny_encoder)
     for command in ("status", "budget"):
         told = CliRunner().invoke(app, [command, "--config", str(config)]).output

@@ -60,17 +60,27 @@ def test_catches_up_in_bounded_updates_oldest_first(shop: Shop, capsys: Any) -> 
     assert shop.read() == [list(DAYS[:3]), list(DAYS[3:6]), list(DAYS[6:])]
     assert find_problems(shop.root) == []
     printed = capsys.readouterr().out
-    assert printed.startswith("[backfill] 3 updates of at most 3 partitions each\n")
+    assert printed.startswith(
+        "[backfill] 7 partitions are new and take 3 updates; epsilon will be 0.030 after them\n"
+    )
     assert "[backfill] 3 updates committed; nothing new below" in printed
 
 
 def test_says_so_before_it_starts(shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def fail(*args: Any, **named: Any) -> UpdateCommitted:
-        assert capsys.readouterr().out == "[backfill] 7 updates of at most 1 partitions each\n"
+        assert "7 partitions are new and take 7 updates" in capsys.readouterr().out
         raise DataError("stop here")
 
     monkeypatch.setattr(update, "run_update", fail)
     assert shop.run_job("--max-partitions", "1") == 1
+
+
+def test_without_privacy_speaks_of_none(shop: Shop, capsys: Any) -> None:
+    shop.configure(private="false")
+    assert shop.run_job() == 0
+    printed = capsys.readouterr().out
+    assert "[backfill] 7 partitions are new and take 1 updates\n" in printed
+    assert shop.read() == [list(DAYS)]
 
 
 def test_takes_the_limit_of_the_config(shop: Shop) -> None:
@@ -87,7 +97,7 @@ def test_keeps_to_its_range_and_does_nothing_when_run_again(shop: Shop, capsys: 
     capsys.readouterr()
     assert shop.run_job(*options) == 0
     assert contents(shop.root) == before
-    assert capsys.readouterr().out.startswith("[backfill] 0 updates of at most 2 partitions each")
+    assert "[backfill] 0 partitions are new and take 0 updates\n" in capsys.readouterr().out
 
 
 def test_reads_what_is_older_than_the_config_looks_back(shop: Shop) -> None:

@@ -9,12 +9,11 @@ import pytest
 
 from raysys.config import ChangeOutcome, PartitionConfig
 from raysys.errors import ConfigError, EmptyPlanError, PartitionChangedError
-from raysys.ledger.records import FileRef, PartitionRef, SetAsideKind
+from raysys.ledger.records import PartitionRef, SetAsideKind
 from raysys.ledger.state import State
-from raysys.partitions.changes import changed, settle_without_rows
+from raysys.partitions.changes import settle_without_rows
 from raysys.partitions.discover import Discovered
 from raysys.partitions.plan import UpdatePlan, plan_update
-from raysys.storage import ObjectInfo
 from tests.helpers import committed, consumed, entries, found, partition, started
 
 DAY, NEXT = "2017-03-01", partition("2017-03-02")
@@ -276,19 +275,3 @@ class TestWithoutRows:
         assert self.settle(KEY, outcome="reprocess") == ((NEXT,), ())
         with pytest.raises(EmptyPlanError, match="holds no rows, and nothing else is new"):
             self.settle(KEY, NEXT.key, outcome="reprocess")
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "etag", "problem"),
-    [
-        pytest.param(1, "e", None, id="same"),
-        pytest.param(2, "e", "has 2 bytes, 1 were planned", id="size"),
-        pytest.param(1, "x", "was written anew after it was planned", id="etag"),
-    ],
-)
-def test_a_file_that_changes_between_plan_and_read_is_told(
-    size_bytes: int, etag: str, problem: str | None
-) -> None:
-    planned = FileRef(path=f"{KEY}/a", size_bytes=1, etag="e")
-    there = ObjectInfo(path=planned.path, size_bytes=size_bytes, etag=etag)
-    assert changed(planned, there) == problem

@@ -192,6 +192,17 @@ class TestRefusedRows:
         assert not mentions(refused, HASHER.pseudonym(RAW_ID))
         assert not mentions(refused, "f" * 32)
 
+    def test_a_user_that_stands_in_another_column_is_not_kept_either(self) -> None:
+        shifted = [
+            event(event_id=RAW_ID, item_id=None), event(item_id=RAW_ID, event_type="refund"),
+            event(event_type=RAW_ID), event(event_id="kept", item_id="kept too", ts=None),
+        ]  # fmt: skip
+        refused = clean(*shifted).refused
+        assert len(refused) == len(shifted) and not mentions(refused, RAW_ID)
+        assert refused.select("event_id", "item_id", "event_type").row(-1) == (
+            "kept", "kept too", "purchase"
+        )  # fmt: skip
+
     @settings(deadline=None)
     @given(
         rows=st.lists(

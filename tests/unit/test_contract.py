@@ -91,6 +91,11 @@ class TestMissingColumns:
         with pytest.raises(DataError, match=r"has no column item_id, ts; it has \['event_id'"):
             read(conforming().drop("item_id", "ts"))
 
+    def test_a_broken_file_s_other_columns_are_not_named_since_they_may_be_user_ids(self) -> None:
+        frame = conforming().select("event_id", pl.lit(1).alias("alice@example.com"))
+        with pytest.raises(DataError, match=r"it has \['event_id'\] and 1 of other names"):
+            read(frame)
+
     def test_a_default_fills_it_and_is_counted(self) -> None:
         frame = conforming(2).drop("event_type", "surface")
         with pytest.raises(DataError, match="no column event_type"):
@@ -400,6 +405,18 @@ class TestImpossibleColumns:
         users = [read_column("user_id", pl.Series([user])).usable["user"][0] for user in (42, 42.0)]
         assert users[0] == users[1] != read_column("user_id", pl.Series(["42.0"])).usable["user"][0]
 
+    @pytest.mark.parametrize(
+        "column",
+        [
+            pytest.param(pa.array([b"alice\xff"]), id="bytes"),
+            pytest.param(pa.array([b"alice\xff"]).view(pa.string()), id="text"),
+        ],
+    )
+    def test_no_value_is_named(self, column: Any) -> None:
+        with pytest.raises(DataError) as error:
+            read_column("user_id", column)
+        assert "alice" not in str(error.value) and error.value.__cause__ is None
+
     def test_a_column_that_is_there_twice_quarantines_the_file(self) -> None:
         table = conforming().to_arrow()
         table = table.append_column("price", table["price"])
@@ -427,3 +444,7 @@ class TestItems:
     def test_an_item_file_without_its_ids_is_a_data_error(self) -> None:
         with pytest.raises(DataError, match=r"has no column item_id; it has \['title'\]"):
             self.read(pl.DataFrame({"title": ["milk"]}))
+
+    def test_a_column_of_which_no_value_fits_is_a_data_error(self) -> None:
+        with pytest.raises(DataError, match="has Binary in column updated_at; write it as a time"):
+            self.read(pl.DataFrame({"item_id": ["a"], "updated_at": [b"noon"]}))

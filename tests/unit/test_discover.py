@@ -6,9 +6,16 @@ import datetime
 
 import pytest
 
-from raysys.errors import DataError
+from raysys.errors import DataError, PartitionChangedError
+from raysys.ledger.records import PartitionRef
 from raysys.partitions import layout
-from raysys.partitions.discover import Discovered, PartitionRange, discover, work_folders
+from raysys.partitions.discover import (
+    Discovered,
+    PartitionRange,
+    discover,
+    require_as_planned,
+    work_folders,
+)
 from raysys.storage import ObjectInfo, Root
 
 DAY = "events/dt=2017-03-01"
@@ -147,3 +154,35 @@ class TestRange:
         put(root, *(f"events/dt={day}/a.parquet" for day in self.DAYS), "events/a.parquet")
         with pytest.raises(DataError, match=r"^events/a\.parquet: expected files in"):
             discover(root, self.MIDDLE)
+
+
+class TestAsPlanned:
+    def planned(self, root: Root) -> PartitionRef:
+        put(root, f"{DAY}/a.parquet", f"{DAY}/b.parquet")
+        (partition,) = discover(root).partitions
+        return partition
+
+    def test_what_did_not_change_may_be_used_whatever_came_beside_it(self, root: Root) -> None:
+        planned = self.planned(root)
+        put(root, f"{DAY}/c.parquet", f"{DAY}/hour=05/a.parquet")
+        require_as_planned(root, planned)
+
+    def test_a_file_that_is_gone_is_named(self, root: Root) -> None:
+        planned = self.planned(root)
+        root.delete_prefix(f"{DAY}/b.parquet")
+        with pytest.raises(PartitionChangedError, match=r"/b\.parquet vanished after it was plan"):
+            require_as_planned(root, planned)
+
+    @pytest.mark.parametrize(
+        ("data", "problem"),
+        [(b"longer than before, much longer", "has 31 bytes, 30 were planned"),
+         (b"x" * 30, "was written anew after it was planned")],
+        ids=["size", "etag"],
+    )  # fmt: skip
+    def test_a_file_that_was_written_anew_is_named(
+        self, root: Root, data: bytes, problem: str
+    ) -> None:
+        planned = self.planned(root)
+        root.put(f"{DAY}/a.parquet", data)
+        with pytest.raises(PartitionChangedError, match=problem):
+            require_as_planned(root, planned)

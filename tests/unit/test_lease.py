@@ -33,6 +33,13 @@ SECOND = started("u0002-bbbbbb")
 HOUR_S = 3600.0
 
 
+class Silent(Lease):
+    """Renews only when the test says so: real time must not pass for a fake clock."""
+
+    def _beat(self) -> None:
+        pass
+
+
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
@@ -40,7 +47,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def make(root: Root, clock: FakeClock) -> Iterator[Callable[..., Lease]]:
-    """Makes leases of updaters that share a clock; their heartbeats stay silent for an hour."""
+    """Makes leases of updaters that share a clock."""
     leases: list[Lease] = []
 
     def build(
@@ -49,7 +56,7 @@ def make(root: Root, clock: FakeClock) -> Iterator[Callable[..., Lease]]:
         sleep: Callable[[float], None] = clock.sleep,
     ) -> Lease:
         log = Log(Root(root.uri), clock)
-        lease = Lease(
+        lease = Silent(
             log, owner=owner, duration_s=duration_s, clock=clock, monotonic=clock, sleep=sleep
         )
         leases.append(lease)
@@ -238,7 +245,7 @@ class TestSecondUpdater:
         self, make: Callable[..., Lease], root: Root, clock: FakeClock
     ) -> None:
         stuck = FakeClock()
-        first = Lease(Log(root, stuck), owner="host:1", duration_s=20, clock=stuck)
+        first = Silent(Log(root, stuck), owner="host:1", duration_s=20, clock=stuck)
         first.start(lambda state: FIRST)
 
         def sleep(seconds: float) -> None:
@@ -293,7 +300,7 @@ class TestSecondUpdater:
 
         log = Log(Late(root.uri), clock)
         times: dict[str, Any] = {"clock": clock, "monotonic": clock, "sleep": clock.sleep}
-        lease = Lease(log, owner="b", duration_s=20, **times)
+        lease = Silent(log, owner="b", duration_s=20, **times)
         with pytest.raises(LeaseHeldError):
             lease.start(lambda state: SECOND)
         assert active_id(root) == "u0001-aaaaaa"
@@ -330,7 +337,7 @@ class TestSecondUpdater:
         assert reasons(root) == ["lease expired", "ended without a commit"]
 
 
-class ComparesClocks(Lease):
+class ComparesClocks(Silent):
     """Broken for a negative control: the rule of before, which trusts that all clocks agree."""
 
     def _take_over(self) -> None:
@@ -349,7 +356,7 @@ class TestClockSkew:
         time_: FakeClock,
         skew_s: float,
         sleep: Callable[[float], None],
-        lease_class: type[Lease] = Lease,
+        lease_class: type[Lease] = Silent,
     ) -> Lease:
         def clock() -> float:
             return time_() + skew_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -257,6 +258,14 @@ class TestReading:
         root.put(path(1), encode(entry))
         with pytest.raises(LedgerCorruptError, match="ledger record 1 is about u0001-aaaaaa"):
             Log(root).refresh()
+
+    def test_a_reading_that_is_given_up_leaves_no_thread(self, local_root: Root) -> None:
+        """The garbage collector would have to join it, which can deadlock."""
+        write_records(local_root, [rollout()] * 40)
+        before = set(threading.enumerate())
+        entries = Log(local_root).entries()
+        assert next(entries).sequence == 1
+        assert set(threading.enumerate()) <= before
 
     def test_other_objects_in_the_folder_are_no_records(self, root: Root) -> None:
         append(Log(root), started())

@@ -152,7 +152,7 @@ class TestUpdate:
             {"item_id": ["i01"], "updated_at": [ALICE.encode()]}
         )))  # fmt: skip
         assert shop.run_job() == 0
-        assert len(Log(shop.root).refresh().committed[-1].quarantined_files) == 2
+        assert len(Log(shop.root).refresh().committed[-1].quarantined_files) == 3
         assert find_raw_ids(shop.root) == []
         assert RAW_ID_MARK not in said()
 

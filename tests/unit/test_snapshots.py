@@ -13,7 +13,7 @@ from raysys.errors import LedgerCorruptError, StorageUnavailableError
 from raysys.ledger import snapshots
 from raysys.ledger.codec import class_reviver, fingerprint, reviver, to_json
 from raysys.ledger.log import Log
-from raysys.ledger.records import Record
+from raysys.ledger.records import Record, SetAside
 from raysys.ledger.seal import seal
 from raysys.ledger.state import State, fold
 from raysys.ledger.verify import verify
@@ -26,6 +26,7 @@ from tests.helpers import (
     partition,
     renewed,
     rollout,
+    rotated,
     started,
     write_records,
 )
@@ -34,21 +35,32 @@ INTERVAL = 8
 SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-02"),), base_version="v0001-aaaaaa")
 THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
 FOURTH = started(
-    "u0004-dddddd", private=False, reserved=None, partitions=(partition("2017-03-04"),)
+    "u0004-dddddd",
+    private=False,
+    reserved=None,
+    partitions=(partition("2017-03-04"),),
+    user_key_id="new",
+)
+ROTATION = started("u0005-eeeeee", user_key_id="new", partitions=())
+FIRST = started(
+    item_files=(item_file(),),
+    set_aside=(SetAside(path="c", size_bytes=1, etag="e", kind="late", reason="came late"),),
 )
 RICH: list[Record] = [
-    started(item_files=(item_file(),)),
+    FIRST,
     renewed(),
     committed(
-        started(item_files=(item_file(),)),
+        FIRST,
         metrics={"ndcg10": [0.1, None], "by_day": {"1": 2}},
         artifacts={"a": "0" * 64},
-        quarantined_files={"b": "torn"},
+        quarantined_files={FIRST.partitions[0].files[0].path: "torn"},
     ),
     SECOND,
     committed(SECOND),
     rollout(measurement={"phase": "inconclusive"}),
     rollout("rolled_back", stable="v0001-aaaaaa", previous="v0000-000000"),
+    ROTATION,
+    rotated(ROTATION, committed(SECOND), to_key_id="new"),
     THIRD,
     abandoned("u0003-cccccc"),
     FOURTH,

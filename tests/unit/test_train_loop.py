@@ -398,5 +398,10 @@ def test_a_failed_or_preempted_worker_is_never_restarted_behind_the_ledgers_back
     monkeypatch.setattr(trainer, "TorchTrainer", record)
     with pytest.raises(Stop):
         trainer.train(
-            tiny_shop.train_job(tiny_encoder), [], root=local_root, update_id="u1", num_shards=1
+            tiny_shop.train_job(tiny_encoder),
+            [],
+            root=local_root,
+            cache=local_root,
+            update_id="u1",
+            num_shards=1,
         )

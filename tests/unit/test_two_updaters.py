@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -16,36 +18,45 @@ from raysys.storage import Root
 from tests.helpers import file_uses
 from tests.update_shop import DAYS, find_problems, write_catalogue, write_day, write_shop
 
-Updater = subprocess.Popen[str]
+
+class Updater:
+    """A process of `tests/racing_updater.py`."""
+
+    def __init__(self, orders: IO[str], answers: IO[str]) -> None:
+        self._orders = orders
+        self._answers = answers
+        state, self.pid = self.answer().split()
+        assert state == "ready"
+
+    def tell(self, line: str) -> None:
+        print(line, file=self._orders, flush=True)
+
+    def answer(self) -> str:
+        return self._answers.readline().strip()
 
 
 @pytest.fixture(scope="module")
 def updaters(s3_root: str) -> Iterator[list[Updater]]:
-    command = [sys.executable, "-m", "tests.racing_updater"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    pipe = subprocess.PIPE
-    updaters = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        for _ in range(2)
-    ]
-    try:
-        assert [read(updater) for updater in updaters] == ["ready", "ready"]
-        yield updaters
-    finally:
-        for updater in updaters:
-            updater.kill()
-            updater.communicate()
-
-
-def read(updater: Updater) -> str:
-    assert updater.stdout is not None
-    return updater.stdout.readline().strip()
-
-
-def write(updater: Updater, line: str) -> None:
-    assert updater.stdin is not None
-    updater.stdin.write(f"{line}\n")
-    updater.stdin.flush()
+    their_orders, our_orders = os.pipe()
+    our_answers, their_answers = os.pipe()
+    with os.fdopen(our_orders, "w") as orders, os.fdopen(our_answers) as answers:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.racing_updater", str(their_orders), str(their_answers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=(their_orders, their_answers),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
+        )
+        os.close(their_orders)
+        os.close(their_answers)
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            yield [Updater(process.stdin, process.stdout), Updater(orders, answers)]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def test_each_partition_is_won_by_one_and_the_other_says_who_has_it(
@@ -56,18 +67,17 @@ def test_each_partition_is_won_by_one_and_the_other_says_who_has_it(
     for day in DAYS[:3]:
         write_day(root, day)
         for updater in updaters:
-            write(updater, str(config))
-        answers = [read(updater) for updater in updaters]
-        assert sorted(answers)[1] == "training"
-        (winner,) = (u for u, a in zip(updaters, answers, strict=True) if a == "training")
-        (refusal,) = (answer for answer in answers if answer != "training")
+            updater.tell(str(config))
+        answers = {updater.answer(): updater for updater in updaters}
+        winner = answers.pop("training")
+        (refusal,) = answers
         assert re.fullmatch(
             rf"refused LeaseHeldError: update u\d+-\w+ is being run by \S+:{winner.pid} .*"
             "; wait for it to end, then submit again",
             refusal,
         )
-        write(winner, "go on")
-        assert read(winner).startswith("committed ")
+        winner.tell("go on")
+        assert winner.answer().startswith("committed ")
     uses = file_uses(Log(root).refresh().committed)
     assert {path: len(updates) for path, updates in uses.items()} == {
         f"events/dt={day}/a.parquet": 1 for day in DAYS[:3]

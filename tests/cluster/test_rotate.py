@@ -11,8 +11,8 @@ import pytest
 
 from raysys.config import Config, load_config
 from raysys.errors import ConfigError
-from raysys.ingest.pipeline import load_held_out
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.shard_state import load_held_out
 from raysys.ledger.log import Log
 from raysys.registry.store import load_version
 from raysys.serve.keys import Keys

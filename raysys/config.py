@@ -51,10 +51,19 @@ def _check(config: object, section: str, bound: _Bound, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PseudonymConfig:
-    """How `user_id` becomes a keyed HMAC at the door."""
+    """How `user_id` becomes a keyed HMAC at the door. Exactly one of the two is set."""
 
-    key_file: str
-    """A file with at least 16 secret bytes. The raw id is written nowhere below the root."""
+    key_file: str = ""
+    """A file of secret keys, one a line, the oldest first, each of at least 16 bytes."""
+    key_env: str = ""
+    """Name of an environment variable that holds what the file would, on every node."""
+
+    def __post_init__(self) -> None:
+        if bool(self.key_file) == bool(self.key_env):
+            raise ConfigError(
+                "pseudonyms: expected either key_file or key_env, got "
+                f"{'both' if self.key_file else 'neither'}; the keys have one source"
+            )
 
 
 ChangeOutcome = Literal["fail", "quarantine", "reprocess"]
@@ -173,7 +182,8 @@ class IngestConfig:
     num_uniform_negatives: int = 12
     """Negatives uniform over the catalogue."""
     holdout_fraction: float = 0.2
-    """Users, by hash, that are never trained on: before and after are compared on them."""
+    """Share of users that are never trained on: before and after are compared on them. A user is
+    drawn when first seen and stays what was drawn; another fraction is for new users."""
     max_history_items: int = 200
     """Distinct items kept in a user's history: the most recent ones."""
     max_items_per_user_period: int = 32
@@ -447,6 +457,8 @@ def load_config(path: str | Path) -> Config:
             f"config file {path} is not YAML: {' '.join(str(error).split())}"
         ) from error
     config = parse_config(raw)
+    if not config.pseudonyms.key_file:
+        return config
     key_file = path.parent / Path(config.pseudonyms.key_file).expanduser()
     return dataclasses.replace(
         config, pseudonyms=PseudonymConfig(key_file=str(key_file.absolute()))

@@ -66,16 +66,12 @@ def _root(shop: Config) -> str:
 
 
 def _key(shop: Config) -> str:
-    from raysys.ingest.pseudonym import Pseudonymizer
+    from raysys.ingest.pseudonym import Pseudonymizer, check_key
 
-    key_id = Pseudonymizer.from_file(shop.pseudonyms.key_file).key_id
-    used = Log(Root(shop.root)).refresh().user_key_id
-    if used not in (None, key_id):
-        raise ConfigError(
-            f"pseudonyms.key_file holds key {key_id}, but the histories below {shop.root} were "
-            f"made with key {used}; give the old key back, or start a new root"
-        )
-    return f"{shop.pseudonyms.key_file} holds key {key_id}"
+    keys = Pseudonymizer.from_config(shop.pseudonyms)
+    check_key(keys, Log(Root(shop.root)).refresh().user_key_id, shop.root)
+    source = shop.pseudonyms.key_file or f"environment variable {shop.pseudonyms.key_env}"
+    return f"{source} holds key {', '.join(keys.key_ids)}"
 
 
 def _encoder(shop: Config) -> str:

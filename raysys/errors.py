@@ -18,6 +18,7 @@
     └── Transient                     may pass by itself: retry later
         ├── LeaseHeldError            another updater is at work
         ├── LeaseLostError            another updater took over after this one fell silent
+        ├── MissingKeyError           a replica has not got a pseudonym key yet that others use
         └── StorageUnavailableError   the object store did not answer in time
 
 Every message names the value and says what to do. The jobs and the command line print it as one
@@ -102,6 +103,10 @@ class LeaseHeldError(Transient):
 
 class LeaseLostError(Transient):
     """Another updater took over after this one fell silent."""
+
+
+class MissingKeyError(Transient):
+    """A replica has not got a pseudonym key yet that others use."""
 
 
 class StorageUnavailableError(Transient):

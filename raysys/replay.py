@@ -27,6 +27,7 @@ from raysys.errors import (
 )
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest, released_path
 from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.seen import key_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
@@ -83,7 +84,7 @@ def replay(
     start_ray()
     work = Root(f"{root.uri}/{REPLAYS}/{commit.update_id}-{secrets.token_hex(3)}")
     try:
-        ingested = _ingest(root, work, started, commit, recipe, then)
+        ingested = _ingest(root, work, state, started, commit, recipe, then)
         _compare_examples(commit, ingested)
         on_progress(f"{ingested.num_examples:,} examples are those of {commit.update_id}")
         with_weights = not commit.private and commit.version is not None
@@ -122,11 +123,11 @@ def _config_of(recipe: Recipe, config: Config) -> Config:
 
 
 def _require_key(started: UpdateStarted, config: Config) -> None:
-    found = Pseudonymizer.from_file(config.pseudonyms.key_file).key_id
-    if found != started.user_key_id:
+    found = Pseudonymizer.from_config(config.pseudonyms).key_ids
+    if started.user_key_id not in found:
         raise ReplayMismatchError(
-            f"pseudonyms: the key here is {found}, the update was made with {started.user_key_id}; "
-            "give that one"
+            f"pseudonyms: the keys here are {', '.join(found)}, the update was made with "
+            f"{started.user_key_id}; give that one"
         )
 
 
@@ -148,6 +149,7 @@ def _files(started: UpdateStarted) -> list[FileRef]:
 def _ingest(
     root: Root,
     work: Root,
+    state: State,
     started: UpdateStarted,
     commit: UpdateCommitted,
     recipe: Recipe,
@@ -161,6 +163,8 @@ def _ingest(
         base_state=started.base_state,
         partitions=started.partitions,
         read_before=recipe.read_before,
+        user_key_id=started.user_key_id,
+        key_ids=key_ids(state.committed),
         seed=commit.seed,
     )
     return ingest(job, commit.item_files, released=_released(root, commit))

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from raysys.config import Config
-from raysys.errors import ConfigError, DataError
+from raysys.errors import DataError
+from raysys.ingest.pseudonym import Pseudonymizer, check_key
 from raysys.ledger.records import PartitionRef, PrivacySpend, UpdateStarted
 from raysys.ledger.state import State
 from raysys.partitions.discover import EVERYTHING, Discovered, PartitionRange, discover
@@ -96,19 +97,6 @@ def _spend(config: Config, partitions: Sequence[PartitionRef], *, first: bool) -
     )
 
 
-def check_key(state: State, config: Config, key_id: str) -> None:
-    """Refuses pseudonyms of another key than the histories have.
-
-    Raises:
-      ConfigError: The config's key file holds another key.
-    """
-    if state.user_key_id not in (None, key_id):
-        raise ConfigError(
-            f"pseudonyms.key_file: holds key {key_id}, but the histories below {config.root} were "
-            f"made with key {state.user_key_id}; give the old key back, or start a new root"
-        )
-
-
 def check_catalogue(plan: UpdatePlan, reason: str | None = None) -> None:
     """Refuses a first update without items before privacy is reserved for it.
 
@@ -126,15 +114,15 @@ def check_catalogue(plan: UpdatePlan, reason: str | None = None) -> None:
 
 
 def reserve(
-    state: State, plan: UpdatePlan, config: Config, *, key_id: str, owner: str
+    state: State, plan: UpdatePlan, config: Config, *, keys: Pseudonymizer, owner: str
 ) -> UpdateStarted:
     """Decides, on the state that directly precedes the record, what the update takes.
 
     Raises:
-      ConfigError: The key is another one.
+      ConfigError: The newest key is not the state's.
       BudgetExhaustedError: What privacy is left does not suffice.
     """
-    check_key(state, config, key_id)
+    check_key(keys, state.user_key_id, config.root)
     spend = planned_spend(config, plan)
     private = config.privacy.enabled
     if private:
@@ -151,7 +139,7 @@ def reserve(
         base_version=plan.base_version,
         base_state=plan.base_state,
         config_hash=config.hash(),
-        user_key_id=key_id,
+        user_key_id=keys.key_id,
         seed=int.from_bytes(digest[:6]),
         private=private,
         reserved=spend if private else None,

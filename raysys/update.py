@@ -27,7 +27,7 @@ from raysys.ingest.features import IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
-from raysys.ingest.seen import updates_to_ask
+from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
@@ -36,9 +36,10 @@ from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
 from raysys.partitions.changes import settle_without_rows
-from raysys.partitions.discover import EVERYTHING, PartitionRange, work_folders
+from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import label_order, partition_label, quarantine, staging
-from raysys.partitions.plan import UpdatePlan, orphan_folders
+from raysys.partitions.orphans import delete_orphans
+from raysys.partitions.plan import UpdatePlan
 from raysys.privacy.accounting import ACCOUNTANT
 from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.plan import PrivacyPlan
@@ -96,15 +97,15 @@ def run_update(
     began = time.monotonic()
     root = Root(config.root)
     root.check_writable()
-    key_id = Pseudonymizer.from_file(config.pseudonyms.key_file).key_id
+    keys = Pseudonymizer.from_config(config.pseudonyms)
     weights_sha256(resolve_encoder(config.model.encoder))
     log = Log(root)
-    _delete_orphans(root, log)
+    delete_orphans(root, log)
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
 
     def decide(state: State) -> UpdateStarted:
-        return reserve(state, planner.plan(state), config, key_id=key_id, owner=owner)
+        return reserve(state, planner.plan(state), config, keys=keys, owner=owner)
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
@@ -116,7 +117,7 @@ def run_update(
         plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
         state = log.refresh()
-        _delete_orphans(root, log)
+        delete_orphans(root, log)
         run = _Run(
             config=config, root=root, state=state, started=started, plan=plan,
             privacy=plan_privacy(config, plan), lease=lease, on_progress=on_progress, began=began,
@@ -186,6 +187,8 @@ def _ingest(run: _Run) -> Ingested:
         base_state=run.plan.base_state,
         partitions=partitions,
         read_before=updates_to_ask(run.state.committed, partitions),
+        user_key_id=run.started.user_key_id,
+        key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
@@ -349,18 +352,8 @@ def _record(
         private=run.started.private,
         spent=run.privacy.reserved,
         seconds=round(time.monotonic() - run.began, 3),
+        user_key_id=run.started.user_key_id,
     )
-
-
-def _delete_orphans(root: Root, log: Log) -> None:
-    """Deletes what killed updates left.
-
-    The folders are listed before the ledger is read: whoever made one of them has started by then,
-    so a folder without an active or committed update has no living owner.
-    """
-    folders = work_folders(root)
-    for folder in orphan_folders(log.refresh(), folders):
-        root.delete_prefix(folder)
 
 
 def _told(counts: Mapping[str, int]) -> str:

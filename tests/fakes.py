@@ -21,6 +21,7 @@ from raysys.rollout.view import RolloutView
 from raysys.serve.app import create_api
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
+from raysys.serve.keys import Keys
 from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
@@ -51,8 +52,10 @@ class FakeVersion:
         *,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
         golden: Exception | None = None,
+        user_key_id: str | None = None,
     ) -> None:
         self.name = name
+        self.user_key_id = user_key_id
         self.items: Any = FakeItems(items)
         self._score = score
         self._golden = golden
@@ -150,13 +153,14 @@ class FakeReplica:
         config: RolloutConfig | None = None,
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
+        keys: Sequence[bytes] = (b"0123456789abcdef",),
     ) -> None:
         self.root = root
         self.log = Log(root)
         self.available = dict(versions)
         self.controller = FakeController()
         self.metrics = FakeMetrics()
-        self.pseudonymizer = Pseudonymizer(b"0123456789abcdef")
+        self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
         impressions = EventWriter(root, "impressions", interval_s=0.01)
@@ -165,7 +169,7 @@ class FakeReplica:
             replica_id="replica-1",
             config=config or RolloutConfig(),
             versions=ResidentVersions(self._load, lambda update_id: frozenset(item_ids)),
-            pseudonymizer=self.pseudonymizer,
+            keys=Keys(lambda: self.pseudonymizer),
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,

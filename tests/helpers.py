@@ -13,6 +13,7 @@ from raysys.ledger.records import (
     LeaseRenewed,
     PartitionRef,
     PrivacySpend,
+    PseudonymsRotated,
     Record,
     RolloutChanged,
     UpdateAbandoned,
@@ -113,7 +114,24 @@ def committed(start: UpdateStarted | None = None, **changes: Any) -> UpdateCommi
         private=start.private,
         spent=start.reserved,
         seconds=1.0,
+        user_key_id=start.user_key_id,
         set_aside=start.set_aside,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def rotated(start: UpdateStarted, base: UpdateCommitted, **changes: Any) -> PseudonymsRotated:
+    """The rotation that `start` began, from the state and key of `base` to the key of `start`."""
+    assert base.user_key_id is not None
+    record = PseudonymsRotated(
+        update_id=start.update_id,
+        owner=start.owner,
+        base_state=base.update_id,
+        from_key_id=base.user_key_id,
+        to_key_id=start.user_key_id,
+        num_users=1,
+        artifacts={},
+        seconds=1.0,
     )
     return dataclasses.replace(record, **changes)
 

@@ -8,7 +8,8 @@ objects in the places where the real ones do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raysys import update
 from raysys.config import Config, ModelConfig
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
+from raysys.ingest import pipeline
 from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path
 from raysys.ingest.shard_state import shard_path
 from raysys.ledger.lease import Lease
@@ -127,3 +129,15 @@ class Steps:
         root.put(paths[0], manifest.to_bytes())
         root.put(paths[1], report.encode())
         return hash_files(root, paths) | hash_state(root, manifest.state)
+
+
+def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:
+    """Has updates ingest for real, without Ray: the tasks of its graph are called in a row."""
+
+    def in_a_row(job: IngestJob, task: Callable[..., Any], rows: list[Any]) -> Iterator[Any]:
+        yield from (json.loads(json.dumps(task(row, job=job))) for row in rows)
+
+    patch.setattr(update, "ingest", pipeline.ingest)
+    patch.setattr(pipeline, "_map", in_a_row)
+    patch.setattr(pipeline.ray, "put", lambda value: value)
+    patch.setattr(pipeline.ray, "get", lambda value: value)

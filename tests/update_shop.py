@@ -22,6 +22,7 @@ import polars as pl
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateStarted
 from raysys.ledger.state import State
+from raysys.partitions.layout import SERVED_FILES
 from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.storage import Root
 from tests import tiny_shop
@@ -121,6 +122,7 @@ def _orphans(root: Root, state: State) -> Iterator[str]:
     owned = {f"versions/{version}" for version in state.versions}
     for update in state.committed:
         owned |= {f"state/{update.update_id}", f"quarantine/{update.update_id}"}
+    owned |= {f"state/{rotation.update_id}" for rotation in state.rotations}
     folders = {f"{parent}/{name}" for parent in PARENTS for name in root.list_folders(parent)}
     folders |= {"/".join(info.path.split("/")[:2]) for info in root.list("")}
     for folder in sorted(folders - owned):
@@ -129,7 +131,7 @@ def _orphans(root: Root, state: State) -> Iterator[str]:
 
 
 def _damaged(root: Root, state: State) -> Iterator[str]:
-    for update in state.committed:
+    for update in (*state.committed, *state.rotations):
         if not update.artifacts:
             yield f"{update.update_id} has no artifacts"
         for path, expected in update.artifacts.items():
@@ -153,13 +155,18 @@ def _not_charged(log: Log) -> Iterator[str]:
 
 
 def find_raw_ids(root: Root) -> list[str]:
-    """Paths of all objects outside `events/` that hold a raw user id."""
+    """Paths of all objects that hold a raw user id, except for the shop's own files."""
     return [
         info.path
         for info in root.list("")
-        if not info.path.startswith("events/")
+        if not _is_the_shops(info.path)
         and RAW_ID_MARK in info.path + _text(info.path, root.read_bytes(info.path))
     ]
+
+
+def _is_the_shops(path: str) -> bool:
+    is_served = path.rpartition("/")[2].startswith(SERVED_FILES)
+    return path.startswith("items/") or (path.startswith("events/") and not is_served)
 
 
 def _text(path: str, data: bytes) -> str:

@@ -58,12 +58,12 @@ def _refusal(
     shop: Config, state: State, planned: UpdatePlan, spend: PrivacySpend
 ) -> RaysysError | None:
     """Returns what the update would raise before it reads: the first of what can be told now."""
-    from raysys.ingest.pseudonym import Pseudonymizer
+    from raysys.ingest.pseudonym import Pseudonymizer, check_key
     from raysys.privacy.budget import check_reservation
-    from raysys.reserve import check_catalogue, check_key
+    from raysys.reserve import check_catalogue
 
     def key() -> None:
-        check_key(state, shop, Pseudonymizer.from_file(shop.pseudonyms.key_file).key_id)
+        check_key(Pseudonymizer.from_config(shop.pseudonyms), state.user_key_id, shop.root)
 
     def budget() -> None:
         if shop.privacy.enabled:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from raysys.ingest.features import IndexArray, UserHistory
 from raysys.ingest.history import Histories
-from raysys.ingest.pseudonym import is_held_out
 
 CASE_SCHEMA = {
     "held_out": pl.Boolean(),
@@ -41,17 +40,20 @@ class Case:
 
 
 def build_cases(
-    outcomes: pl.DataFrame, lookup: Histories, window_start: float, holdout_fraction: float
+    outcomes: pl.DataFrame, lookup: Histories, window_start: float, held_out: pl.DataFrame
 ) -> pl.DataFrame:
     """Returns a row of CASE_SCHEMA for each user with an outcome since `window_start`.
 
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
+      held_out: HELD_OUT_SCHEMA of at least these users.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)
-    users = window.group_by("user", maintain_order=True).agg(
-        pl.col("item", "gain"), is_held_out(holdout_fraction).first().alias("held_out")
+    users = (
+        window.group_by("user", maintain_order=True)
+        .agg(pl.col("item", "gain"))
+        .join(held_out, on="user", how="left", maintain_order="left")
     )
     rows = []
     for user in users.iter_rows(named=True):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from raysys.ingest.contract import Fitted, complete, fit
-from raysys.ingest.pseudonym import Pseudonymizer, is_pseudonym
+from raysys.ingest.pseudonym import Pseudonymizer, carry_forward, is_pseudonym, replace_inside
 from raysys.ingest.rescue import RESCUED_SCHEMA, rescue
 from raysys.partitions.schema import (
     EVENT_SCHEMA,
@@ -101,7 +101,7 @@ class PseudonymCache:
     """Pseudonyms of the users of one file, each computed once."""
 
     def __init__(self, pseudonymizer: Pseudonymizer) -> None:
-        self.key_ids = (pseudonymizer.key_id,)
+        self.key_ids = pseudonymizer.key_ids
         """Of the pseudonyms that a file may hold."""
         self._pseudonymizer = pseudonymizer
         self._known: dict[str, str] = {}
@@ -117,6 +117,10 @@ class PseudonymCache:
                 self._known[name] = self._pseudonymizer.pseudonym(name)
         pseudonyms = pl.Series([self._known[name] for name in names], dtype=pl.String)
         return users.replace_strict(distinct, pseudonyms, default=None, return_dtype=pl.String)
+
+    def carried(self, users: pl.Series, key_ids: pl.Series) -> pl.Series:
+        """Returns pseudonyms of earlier keys as those of the newest."""
+        return carry_forward(users, key_ids, self._pseudonymizer)
 
 
 def clean(
@@ -247,6 +251,9 @@ def _usable(
         request = pl.col("request_id").fill_null("") if "request_id" in rows.columns else pl.lit("")
         parts = ["user", "micros", "event_type", "item_id", request]
         rows = rows.with_columns(event_id=pl.concat_str(parts, separator="|"))
+    if {"user_key_id", "request_id"} <= set(rows.columns):
+        # Replicas write the pseudonym into the ids that they sign.
+        rows = replace_inside(rows, "request_id", old="user_id", new="user")
     rows = complete(rows, CLEAN_SCHEMA | {"micros": pl.String()})
     if rows.select(_is_blank("request_id").any()).item():
         own = pl.concat_str("user", "micros", separator="@")
@@ -259,10 +266,11 @@ def _users(frame: pl.DataFrame, pseudonyms: PseudonymCache) -> pl.Series:
     if "user_key_id" not in frame.columns:
         return pseudonyms.of(frame["user_id"])
     is_raw = frame["user_key_id"].is_null()
+    carried = pseudonyms.carried(frame["user_id"], frame["user_key_id"])
     if not is_raw.any():
-        return frame["user_id"]
+        return carried
     raw = frame.select(pl.when(is_raw).then("user_id").alias("user")).to_series()
-    return pseudonyms.of(raw).zip_with(is_raw, frame["user_id"])
+    return pseudonyms.of(raw).zip_with(is_raw, carried)
 
 
 def _concat(frames: Sequence[pl.DataFrame], schema: dict[str, pl.DataType]) -> pl.DataFrame:

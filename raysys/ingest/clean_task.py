@@ -19,7 +19,7 @@ import polars as pl
 from raysys.config import Config
 from raysys.errors import DataError
 from raysys.ingest.clean import Cleaned
-from raysys.ingest.pseudonym import Pseudonymizer
+from raysys.ingest.pseudonym import Pseudonymizer, no_values_in_errors
 from raysys.ingest.read import iter_events
 from raysys.ingest.shards import write_sharded
 from raysys.ledger.records import FileRef, PartitionRef
@@ -41,12 +41,14 @@ def clean_task(
     update_id: str,
     num_shards: int,
     config: Config,
+    user_key_id: str,
 ) -> dict[str, Any]:
     """Cleans the files of one task.
 
     Args:
       files: Partition key and file of each.
       task: Its number, which names what it writes.
+      user_key_id: The key of the pseudonyms to be made: a later one may be given meanwhile.
 
     Returns:
       `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, the
@@ -55,12 +57,12 @@ def clean_task(
     Raises:
       PartitionChangedError: A file is not what was planned any more.
     """
-    pseudonymizer = Pseudonymizer.from_file(config.pseudonyms.key_file)
+    pseudonymizer = Pseudonymizer.from_config(config.pseudonyms).until(user_key_id)
     parts = _Parts(target, update_id, task, num_shards)
     bad_files: dict[str, str] = {}
     for key, file in files:
         try:
-            with source.open_input(file.path) as opened:
+            with no_values_in_errors(file.path), source.open_input(file.path) as opened:
                 for part in iter_events(
                     opened,
                     file.path,

@@ -36,7 +36,7 @@ from raysys.ingest.labels import (
     label,
 )
 from raysys.ingest.periods import period_of
-from raysys.ingest.pseudonym import is_held_out
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, draw_held_out
 from raysys.ingest.sample import NegativeSampler, max_candidates
 from raysys.ingest.stats import Timeline
 
@@ -48,14 +48,27 @@ class ShardState:
     histories: pl.DataFrame
     """HISTORY_SCHEMA, decayed to `as_of`, without the outcomes in `waiting.recent`."""
     waiting: Waiting
+    held_out: pl.DataFrame
+    """HELD_OUT_SCHEMA: every draw that was made so far."""
     as_of: float
     """UNIX seconds."""
 
     @classmethod
     def nothing(cls) -> ShardState:
         """The state before the first update."""
-        none = pl.DataFrame(schema=HISTORY_SCHEMA)
-        return cls(histories=none, waiting=Waiting.nothing(), as_of=0.0)
+        return cls(
+            histories=pl.DataFrame(schema=HISTORY_SCHEMA),
+            waiting=Waiting.nothing(),
+            held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA),
+            as_of=0.0,
+        )
+
+    @property
+    def users(self) -> pl.Series:
+        """Whom it is about, each any number of times."""
+        waiting = self.waiting
+        frames = (self.histories, waiting.impressions, waiting.recent, waiting.closed)
+        return pl.concat([frame["user"] for frame in frames])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +124,15 @@ def build_shard(
         horizon=settings.horizon,
         config=settings.labels,
     )
-    requests = _requests(labelled, settings)
+    seen = pl.concat([before.users, outcomes["user"], shown["user"]])
+    held_out = draw_held_out(seen, before.held_out, settings.ingest.holdout_fraction)
+    requests = _requests(labelled, held_out, settings)
     window = _after_history(outcomes, before.histories)
     lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
-        cases=build_cases(window, lookup, settings.window_start, settings.ingest.holdout_fraction),
-        state=_state_after(before, labelled, settings),
+        cases=build_cases(window, lookup, settings.window_start, held_out),
+        state=_state_after(before, labelled, held_out, settings),
         num_users=outcomes["user"].n_unique(),
         impressions=labelled.impressions,
         outcomes=labelled.outcomes,
@@ -157,7 +172,9 @@ def _lookup(
     )
 
 
-def _state_after(before: ShardState, labelled: Labelled, settings: ShardSettings) -> ShardState:
+def _state_after(
+    before: ShardState, labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings
+) -> ShardState:
     after = settings.timeline.after
     histories = merge_histories(
         before.histories,
@@ -167,10 +184,12 @@ def _state_after(before: ShardState, labelled: Labelled, settings: ShardSettings
         half_life_s=after.half_life_s,
         max_items=settings.ingest.max_history_items,
     )
-    return ShardState(histories=histories, waiting=labelled.waiting, as_of=after.as_of)
+    return ShardState(
+        histories=histories, waiting=labelled.waiting, held_out=held_out, as_of=after.as_of
+    )
 
 
-def _requests(labelled: Labelled, settings: ShardSettings) -> pl.DataFrame:
+def _requests(labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings) -> pl.DataFrame:
     """Returns what is trained on: a row a request, at most `max_examples_per_user` a user."""
     shown = labelled.mature.group_by(REQUEST, maintain_order=True).agg(
         pl.col("ts").min(),
@@ -185,7 +204,8 @@ def _requests(labelled: Labelled, settings: ShardSettings) -> pl.DataFrame:
         shown=pl.lit(False),
     )
     requests = pl.concat([shown, unshown], how="diagonal")
-    trained = requests.filter(~is_held_out(settings.ingest.holdout_fraction)).with_columns(
+    in_training = held_out.filter(~pl.col("held_out"))
+    trained = requests.join(in_training, on="user", how="semi", maintain_order="left").with_columns(
         _positive=pl.col("gain").list.max() > 0
     )
     if settings.needs_outcome:

@@ -37,9 +37,9 @@ from raysys.ingest.features import DAY_S, ItemTable
 from raysys.ingest.items import read_items
 from raysys.ingest.outcomes import split_events
 from raysys.ingest.periods import period_of
-from raysys.ingest.seen import days_of, read_seen, seen_bytes
+from raysys.ingest.pseudonym import Pseudonymizer, carry_forward, replace_inside, user_shard
+from raysys.ingest.seen import SEEN_SCHEMA, days_of, read_seen, seen_bytes
 from raysys.ingest.shard_state import (
-    SEEN,
     load_shard_state,
     save_history_settings,
     save_shard_state,
@@ -57,7 +57,7 @@ from raysys.ingest.stats import (
 )
 from raysys.ingest.tasks import run_tasks
 from raysys.ledger.records import FileRef, PartitionRef
-from raysys.partitions.layout import quarantine, staging, state_folder
+from raysys.partitions.layout import SEEN, quarantine, staging, state_folder
 from raysys.partitions.periods import Period, periods_of, window_start
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -77,6 +77,10 @@ class IngestJob:
     partitions: tuple[PartitionRef, ...]
     read_before: tuple[str, ...]
     """Earlier updates that may have read the same events: `seen.updates_to_ask`."""
+    user_key_id: str
+    """The key of the pseudonyms to be made."""
+    key_ids: Mapping[str, str]
+    """Earlier update -> the key of the pseudonyms in its state."""
     seed: int
     """Of caps and negatives, so that a retried task makes the same."""
 
@@ -197,6 +201,7 @@ def _clean(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:
         update_id=job.update_id,
         num_shards=job.num_shards,
         config=job.config,
+        user_key_id=job.user_key_id,
     )
 
 
@@ -205,10 +210,9 @@ def _bound_shard(
 ) -> dict[str, Any]:
     shard, ends, ids = row["shard"], job.period_ends, ray.get(item_ids)
     rows = pl.concat(read_shard(job.work, paths, shard) or [pl.DataFrame(schema=CLEAN_SCHEMA)])
-    indexes = [p for u in job.read_before for p in seen_paths(job.root, u, shard, job.num_shards)]
     outcomes, impressions, fates = split_events(
         rows,
-        seen=read_seen(job.root, indexes, days_of(rows)),
+        seen=_seen(job, shard, days_of(rows)),
         item_ids=ids,
         gains=job.config.ingest.gains,
         ends=ends,
@@ -221,6 +225,25 @@ def _bound_shard(
     )
     job.work.put(_staged(job, "counts", shard), to_parquet(counts))
     return {"row_counts": fates}
+
+
+def _seen(job: IngestJob, shard: int, days: pl.Series) -> pl.DataFrame:
+    """Returns the shard's events of these days that earlier updates read."""
+    keys = Pseudonymizer.from_config(job.config.pseudonyms).until(job.user_key_id)
+    frames = [pl.DataFrame(schema=SEEN_SCHEMA)]
+    for update_id in job.read_before:
+        key_id = job.key_ids[update_id]
+        if key_id == keys.key_id:
+            paths = seen_paths(job.root, update_id, shard, job.num_shards)
+            frames.append(read_seen(job.root, paths, days))
+            continue
+        # Under another key, the shard's users were users of any shard.
+        old = read_seen(job.root, seen_paths(job.root, update_id, 0, 1), days)
+        carried = old.with_columns(new=carry_forward(old["user"], key_id, keys))
+        carried = replace_inside(carried, "event_id", old="user", new="new")
+        new = carried.select(user="new", event_id="event_id")
+        frames.append(new.filter(user_shard(job.num_shards) == shard))
+    return pl.concat(frames)
 
 
 def _release(job: IngestJob, num_items: int) -> NDArray[np.float64]:

@@ -143,7 +143,8 @@ def _types(
     names: list[str] = schema.names
     twice = sorted(name for name, number in Counter(names).items() if number > 1)
     if twice:
-        raise DataError(f"{path} has column {', '.join(twice)} twice; keep one of each")
+        named = name_columns(twice, wanted)
+        raise DataError(f"{path} has columns twice: {named}; keep one of each")
     known = [field for field in schema if field.name in wanted]
     for field in known:
         if pa.types.is_nested(field.type):

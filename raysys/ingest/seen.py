@@ -45,6 +45,11 @@ def updates_to_ask(
     )
 
 
+def key_ids(committed: Iterable[UpdateCommitted]) -> dict[str, str]:
+    """Returns update -> the key of the pseudonyms in its index."""
+    return {update.update_id: update.user_key_id or "" for update in committed}
+
+
 def days_of(rows: pl.DataFrame) -> pl.Series:
     """Returns the day of each row, counted from 1970-01-01 UTC."""
     return rows.select(day=(pl.col("ts") / DAY_S).floor().cast(pl.Int32))["day"]

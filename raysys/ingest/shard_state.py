@@ -1,6 +1,6 @@
 """Where a shard's state lies below `state/<update_id>/`, and how it is read and written.
 
-    histories/  impressions/  recent/  closed/   one file a shard each: `examples.ShardState`
+    histories/  impressions/  recent/  closed/  held_out/   one file a shard each: `ShardState`
     seen/                                        which events were read: `ingest.seen`
     histories.json                               how many items a history keeps
 
@@ -18,10 +18,10 @@ import polars as pl
 from raysys.ingest.examples import ShardState
 from raysys.ingest.history import HISTORY_SCHEMA, merge_histories
 from raysys.ingest.labels import CLOSED_SCHEMA, IMPRESSION_SCHEMA, OUTCOME_SCHEMA, Waiting
-from raysys.ingest.pseudonym import user_shard
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, user_shard
 from raysys.ingest.shards import overlapping, shard_name
 from raysys.ingest.stats import load_item_state
-from raysys.partitions.layout import state_folder
+from raysys.partitions.layout import HELD_OUT, SEEN, state_folder
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -30,9 +30,9 @@ SHARD_FILES: Mapping[str, Mapping[str, pl.DataType]] = {
     "impressions": IMPRESSION_SCHEMA,
     "recent": OUTCOME_SCHEMA,
     "closed": CLOSED_SCHEMA,
+    HELD_OUT: HELD_OUT_SCHEMA,
 }
 """Folder -> columns; `user` is the pseudonym in all of them."""
-SEEN = "seen"
 
 
 def shard_path(update_id: str, kind: str, shard: int, num_shards: int) -> str:
@@ -49,6 +49,7 @@ def save_shard_state(
         "impressions": state.waiting.impressions,
         "recent": state.waiting.recent,
         "closed": state.waiting.closed,
+        HELD_OUT: state.held_out,
     }
     for kind, frame in frames.items():
         root.put(shard_path(update_id, kind, shard, num_shards), to_parquet(frame))
@@ -64,6 +65,7 @@ def load_shard_state(root: Root, update_id: str, shard: int, num_shards: int) ->
     }
     return ShardState(
         histories=held.pop("histories").sort("user", "item"),
+        held_out=held.pop(HELD_OUT),
         waiting=Waiting(**held),
         as_of=load_item_state(root, update_id).as_of,
     )
@@ -78,6 +80,11 @@ def seen_paths(root: Root, update_id: str, shard: int, num_shards: int) -> list[
     """Returns the indexes of an update that can hold events of a shard's users."""
     listed = root.list(f"{state_folder(update_id)}/{SEEN}")
     return overlapping(shard, num_shards, (info.path for info in listed))
+
+
+def load_held_out(root: Root, update_id: str) -> pl.DataFrame:
+    """Reads who is held out, HELD_OUT_SCHEMA; of a state that kept no draws yet, nobody."""
+    return _read(root, update_id, HELD_OUT, 0, 1)
 
 
 def load_histories(root: Root, update_id: str) -> pl.DataFrame:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from raysys.ledger.records import (
     LeaseRenewed,
     PartitionRef,
+    PseudonymsRotated,
     Record,
     RolloutChanged,
     UpdateAbandoned,
@@ -34,6 +35,11 @@ def explain(record: Record) -> str:
             )
         case UpdateCommitted():
             return _committed(record)
+        case PseudonymsRotated():
+            return (
+                f"{record.update_id} carried {record.num_users:,} users of {record.base_state} "
+                f"from key {record.from_key_id} to {record.to_key_id}, in {record.seconds:.0f} s"
+            )
         case RolloutChanged():
             return f"{record.rollout_id}: {_changed(record)}: {record.reason}"
 

@@ -20,6 +20,7 @@ from raysys.ledger.records import (
     FileRef,
     LeaseRenewed,
     PrivacySpend,
+    PseudonymsRotated,
     RolloutChanged,
     UpdateAbandoned,
     UpdateCommitted,
@@ -75,7 +76,9 @@ class Draft:
     unreadable_files: dict[str, str]
     consumed_item_files: dict[str, FileRef]
     spends: list[tuple[str, PrivacySpend, SpendStatus]]
+    head_state: str | None
     user_key_id: str | None
+    rotations: list[PseudonymsRotated]
     rollout: RolloutChanged | None
     rollout_started_at: float | None
     rollout_changed_at: float | None
@@ -119,9 +122,10 @@ class Draft:
 
     @functools.cached_property
     def ended(self) -> set[str]:
-        """Updates that committed or were abandoned."""
+        """Updates and rotations that were committed or abandoned."""
         committed = {record.update_id for record in self.committed}
-        return committed | {record.update_id for record in self.abandoned}
+        rotated = {record.update_id for record in self.rotations}
+        return committed | rotated | {record.update_id for record in self.abandoned}
 
     @functools.cached_property
     def place_in_spends(self) -> dict[str, int]:
@@ -201,6 +205,11 @@ def _change(draft: Draft, entry: Entry) -> None:
             draft.abandoned.append(record)
             draft.ended.add(record.update_id)
             _charge(draft, record.update_id, None, "abandoned")
+        case PseudonymsRotated() as record:
+            draft.ended.add(record.update_id)
+            draft.rotations.append(record)
+            draft.active = None
+            draft.head_state, draft.user_key_id = record.update_id, record.to_key_id
         case UpdateCommitted() as record:
             _commit(draft, record)
         case RolloutChanged() as record:
@@ -224,6 +233,7 @@ def _start(draft: Draft, record: UpdateStarted, entry: Entry) -> None:
 def _commit(draft: Draft, record: UpdateCommitted) -> None:
     started = draft.started
     assert started is not None
+    record = dataclasses.replace(record, user_key_id=started.user_key_id)
     draft.own_mappings()
     for partition in record.partitions:
         draft.consumed_partitions[partition.key] = record.update_id
@@ -240,7 +250,7 @@ def _commit(draft: Draft, record: UpdateCommitted) -> None:
     draft.ended.add(record.update_id)
     draft.committed.append(record)
     draft.active = None
-    draft.user_key_id = started.user_key_id
+    draft.head_state, draft.user_key_id = record.update_id, started.user_key_id
     _charge(draft, record.update_id, record.spent, "committed")
 
 

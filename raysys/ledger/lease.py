@@ -29,6 +29,7 @@ from raysys.ledger.log import Log
 from raysys.ledger.records import (
     Entry,
     LeaseRenewed,
+    PseudonymsRotated,
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
@@ -107,7 +108,7 @@ class Lease:
         if self._failure is not None:
             raise self._failure
 
-    def commit(self, record: UpdateCommitted) -> Entry:
+    def commit(self, record: UpdateCommitted | PseudonymsRotated) -> Entry:
         """Appends the commit, and with it ends the lease.
 
         Raises:
@@ -116,7 +117,7 @@ class Lease:
             update again is safe in both cases.
         """
 
-        def decide(state: State) -> UpdateCommitted:
+        def decide(state: State) -> UpdateCommitted | PseudonymsRotated:
             self._require_active(state)
             return record
 

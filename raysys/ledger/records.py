@@ -1,6 +1,7 @@
 """What a ledger record can say, and how it is written: one JSON object an object in the store.
 
     update:   UpdateStarted -> LeaseRenewed* -> UpdateCommitted | UpdateAbandoned
+    rotation: UpdateStarted of no partition -> LeaseRenewed* -> PseudonymsRotated | UpdateAbandoned
     rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
 
 Every record carries `schema_version`; an older one still reads. Since version 2 it ends with a hash
@@ -96,6 +97,7 @@ class UpdateStarted:
     """The update id whose `state/` this update starts from."""
     config_hash: str
     user_key_id: str
+    """The key of the pseudonyms that it writes."""
     seed: int
     private: bool
     reserved: PrivacySpend | None
@@ -156,6 +158,29 @@ class UpdateCommitted:
     example_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Path of every shard's examples -> sha256. They are gone; a replay must make them again."""
     set_aside: tuple[SetAside, ...] = ()
+    user_key_id: str | None = None
+    """The key of the pseudonyms in its state. The fold fills it in where it is None."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PseudonymsRotated:
+    """The head state anew, with every pseudonym carried forward to another key: all or nothing.
+
+    Partitions, versions and privacy stay as they are. It ends what an `UpdateStarted` without
+    partitions began, so that no update runs meanwhile.
+    """
+
+    update_id: str
+    """Of that record. The new head state is `state/<update_id>/`."""
+    owner: str
+    base_state: str
+    """The state that was carried forward; versions made before still serve with theirs."""
+    from_key_id: str
+    to_key_id: str
+    num_users: int
+    artifacts: Mapping[str, str]
+    """Path of every file of the new state -> sha256."""
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +203,14 @@ class RolloutChanged:
     measurement: Mapping[str, Any] | None
 
 
-Record = UpdateStarted | LeaseRenewed | UpdateAbandoned | UpdateCommitted | RolloutChanged
+Record = (
+    UpdateStarted
+    | LeaseRenewed
+    | UpdateAbandoned
+    | UpdateCommitted
+    | PseudonymsRotated
+    | RolloutChanged
+)
 _REVIVERS: dict[str, Reviver] = {
     cls.__name__: class_reviver(cls) for cls in typing.get_args(Record)
 }

@@ -7,13 +7,14 @@ and again wherever it is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from raysys.ledger.records import (
     FileRef,
     PartitionRef,
     PrivacySpend,
+    PseudonymsRotated,
     Record,
     RolloutChanged,
     UpdateCommitted,
@@ -26,6 +27,12 @@ class Known(Protocol):
 
     @property
     def started(self) -> UpdateStarted | None: ...
+    @property
+    def head_state(self) -> str | None: ...
+    @property
+    def user_key_id(self) -> str | None: ...
+    @property
+    def rotations(self) -> Sequence[PseudonymsRotated]: ...
     @property
     def consumed_files(self) -> Mapping[str, FileRef]: ...
     @property
@@ -45,6 +52,8 @@ def problem(known: Known, record: Record) -> str | None:
         return f"is about {record.update_id}, which is not the active update"
     if isinstance(record, UpdateCommitted):
         return _commit_problem(known, record, started)
+    if isinstance(record, PseudonymsRotated):
+        return _rotation_problem(known, record, started)
     return None
 
 
@@ -69,9 +78,26 @@ def _commit_problem(known: Known, record: UpdateCommitted, started: UpdateStarte
         return f"commits version {record.version} a second time"
     if (record.version is None) != (record.verdict == "held"):
         return f"commits version {record.version} with verdict {record.verdict}"
+    if {record.user_key_id, known.user_key_id} - {None, started.user_key_id}:
+        return f"commits {record.update_id} with pseudonyms of another key than the state has"
     if not _within(record.spent, started.reserved):
         return f"commits {record.update_id} with another privacy spend than it reserved"
     return _double_use(known, record.update_id, record.partitions)
+
+
+def _rotation_problem(
+    known: Known, record: PseudonymsRotated, started: UpdateStarted
+) -> str | None:
+    if started.partitions or started.user_key_id != record.to_key_id:
+        return f"rotates pseudonyms in {record.update_id}, which was started for something else"
+    if (record.base_state, record.from_key_id) != (known.head_state, known.user_key_id):
+        return (
+            f"rotates state {record.base_state} of key {record.from_key_id}, the head state is "
+            f"{known.head_state} of key {known.user_key_id}"
+        )
+    if record.to_key_id in (known.user_key_id, *(r.from_key_id for r in known.rotations)):
+        return f"rotates pseudonyms back to key {record.to_key_id}"
+    return None
 
 
 def _aside_problem(record: UpdateCommitted, started: UpdateStarted) -> str | None:

@@ -19,6 +19,7 @@ from raysys.ledger.records import (
     Entry,
     FileRef,
     PrivacySpend,
+    PseudonymsRotated,
     Record,
     RolloutChanged,
     UpdateAbandoned,
@@ -57,8 +58,13 @@ class State:
     spends: tuple[tuple[str, PrivacySpend, SpendStatus], ...] = ()
     """What each private update is charged: its reservation until it commits, and for good if it is
     abandoned, since nobody knows how far it came."""
+    head_state: str | None = None
+    """The update whose `state/` the next update starts from: the last commit, held or not, or a
+    rotation of its pseudonyms."""
     user_key_id: str | None = None
-    """The key of the pseudonyms in the committed histories."""
+    """The key of the pseudonyms in the head state."""
+    rotations: tuple[PseudonymsRotated, ...] = ()
+    """In order."""
     rollout: RolloutChanged | None = None
     """The last transition."""
     rollout_started_at: float | None = None
@@ -92,9 +98,18 @@ class State:
         return next((version for version in reversed(versions) if version in sound), None)
 
     @property
-    def head_state(self) -> str | None:
-        """The update whose `state/` the next update starts from: the last commit, held or not."""
-        return self.committed[-1].update_id if self.committed else None
+    def head_artifacts(self) -> Mapping[str, str]:
+        """Path -> sha256 of the head state's files; of an update, also of its version's."""
+        if self.rotations and self.rotations[-1].update_id == self.head_state:
+            return self.rotations[-1].artifacts
+        return self.committed[-1].artifacts if self.committed else {}
+
+    @property
+    def kept_updates(self) -> frozenset[str]:
+        """The updates and rotations that were committed: their folders are kept."""
+        return frozenset(
+            [u.update_id for u in self.committed] + [r.update_id for r in self.rotations]
+        )
 
     @property
     def watermark(self) -> str | None:
@@ -134,9 +149,10 @@ class State:
         return f"v{len(self.versions) + 1:04d}-{update_id[-6:]}"
 
     def has_ended(self, update_id: str) -> bool:
-        """Returns whether the update committed or was abandoned."""
-        ended: tuple[UpdateCommitted | UpdateAbandoned, ...] = (*self.committed, *self.abandoned)
-        return any(record.update_id == update_id for record in ended)
+        """Returns whether the update or rotation was committed or abandoned."""
+        return update_id in self.kept_updates or any(
+            record.update_id == update_id for record in self.abandoned
+        )
 
     def has_version(self, version: str) -> bool:
         """Returns whether an update committed the version."""

@@ -24,6 +24,10 @@ STAGING = "staging"
 STATE = "state"
 VERSIONS = "versions"
 QUARANTINE = "quarantine"
+HELD_OUT = "held_out"
+"""Below an update's `state/`: the draws of who is held out."""
+SEEN = "seen"
+"""Below an update's `state/`: the events that this update read."""
 
 SERVED_FILES = ("impressions-", "feedback-")
 """How files begin that replicas write below `events/`, at any time of any day."""

@@ -190,8 +190,7 @@ def _is_orphan(state: State, folder: str) -> bool:
         return name not in state.versions and not of_active
     if parent == STAGING:
         return name != active
-    committed = {update.update_id for update in state.committed}
-    return parent in (STATE, QUARANTINE) and name != active and name not in committed
+    return parent in (STATE, QUARANTINE) and name != active and name not in state.kept_updates
 
 
 def _explain_empty(

@@ -67,11 +67,13 @@ class LoadedVersion:
         items: ItemTable,
         histories: Mapping[str, UserHistory],
         golden: Sequence[Mapping[str, object]] = (),
+        user_key_id: str | None = None,
     ) -> None:
         self.name = manifest.version
         self.manifest = manifest
         self.items = items
         self.golden = golden
+        self.user_key_id = user_key_id
         self._weights = weights
         self._histories = histories
         place = {text: i for i, text in enumerate(weights.texts)}
@@ -267,7 +269,7 @@ def load_version(root: Root, record: UpdateCommitted) -> LoadedVersion:
     manifest, weights = load_weights(root, record)
     shared_encoder(manifest.encoder, manifest.max_tokens)
     golden = json.loads(root.read_bytes(version_path(manifest.version, "golden.json")))
-    return _assemble(root, manifest, weights, golden)
+    return _assemble(root, manifest, weights, golden, record.user_key_id)
 
 
 def read_checked(root: Root, path: str, expected: str) -> bytes:
@@ -294,10 +296,11 @@ def _assemble(
     manifest: Manifest,
     weights: VersionWeights,
     golden: Sequence[Mapping[str, object]] = (),
+    user_key_id: str | None = None,
 ) -> LoadedVersion:
     state = load_item_state(root, manifest.state)
     histories = history_slices(load_histories(root, manifest.state), state.as_of)
-    return LoadedVersion(manifest, weights, state.table(), histories, golden)
+    return LoadedVersion(manifest, weights, state.table(), histories, golden, user_key_id)
 
 
 def text_indexes(items: ItemTable) -> tuple[list[str], NDArray[np.int32]]:

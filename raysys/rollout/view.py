@@ -24,6 +24,8 @@ class RolloutView:
     catalogue: str | None = None
     """The newest update: its catalogue says which items the shop has, also where no version in
     memory knows them yet, or knows them any more."""
+    user_key_id: str | None = None
+    """The key of the pseudonyms in the head state, None before the first update."""
 
     @classmethod
     def of(cls, state: State) -> RolloutView:
@@ -36,6 +38,7 @@ class RolloutView:
             previous=state.previous,
             weight_fraction=state.weight_fraction,
             catalogue=state.head_state,
+            user_key_id=state.user_key_id,
         )
 
     def says_the_same(self, other: RolloutView) -> bool:

@@ -36,6 +36,7 @@ from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
+from raysys.serve.keys import Keys
 from raysys.serve.metrics import RayMetrics
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
@@ -224,7 +225,7 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     """Puts a replica together from a shop's config.
 
     Raises:
-      ConfigError: The config, or the key file that it names, is not valid.
+      ConfigError: The config, or a key that it names, is missing or not valid.
     """
     config = load_config(args.config)
     root = Root(config.root)
@@ -233,20 +234,33 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
     )
     feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
         versions=ResidentVersions(
-            lambda name: load(root, log.refresh().versions[name]),
+            lambda name: load_named(name, root, log, keys, load),
             lambda update_id: load_item_ids(root, update_id),
         ),
-        pseudonymizer=Pseudonymizer.from_file(config.pseudonyms.key_file),
+        keys=keys,
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
         max_ts_age_s=args.max_ts_age_s,
     )
     return Replica(service, Follower(service, log, controller), impressions, feedback)
+
+
+def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
+    """Loads a committed version.
+
+    Raises:
+      MissingKeyError: This replica has not got its user key yet, so it would find no history.
+      RaysysError: As `load`.
+    """
+    record = log.refresh().versions[name]
+    keys.of(record.user_key_id)
+    return load(root, record)
 
 
 def build(args: Mapping[str, Any]) -> Application:

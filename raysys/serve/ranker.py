@@ -36,6 +36,8 @@ class Servable(Protocol):
 
     name: str
     items: ItemTable
+    user_key_id: str | None
+    """The key of the pseudonyms in its histories; None for the current one."""
 
     def history(self, user: str) -> UserHistory: ...
     def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory: ...

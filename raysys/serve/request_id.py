@@ -5,8 +5,9 @@
 
 The id says who was answered by which version, when, and on which side of which rollout. A keyed
 hash over all of it keeps callers from making ids up, by which they could vote for a version. Its
-key is derived from the pseudonym key, which every replica has, so that ids survive restarts. It
-shows the pseudonym of the user, never the raw id.
+key is derived from a pseudonym key, which every replica has, so that ids survive restarts; after a
+rotation the earlier keys still read what they signed (`serve.keys`). It shows the pseudonym of the
+user, never the raw id.
 """
 
 from __future__ import annotations

@@ -212,12 +212,18 @@ def _problem(kind: str, context: Any, error: Any) -> str:
         case "too_short":
             return f"has {context['actual_length']} entries; send at least {context['min_length']}"
         case "string_pattern_mismatch":
-            return f"expected text that is not blank, got {_short(error['input'])}"
+            return f"expected text that is not blank{_got(error)}"
         case "duplicates":
             return str(error["msg"])
         case _:
             expected = error["msg"].removeprefix("Input should be ")
-            return f"expected {expected[0].lower()}{expected[1:]}, got {_short(error['input'])}"
+            return f"expected {expected[0].lower()}{expected[1:]}{_got(error)}"
+
+
+def _got(error: Any) -> str:
+    # Callers log what they are answered, and a raw user id belongs into no log.
+    is_id_of_user = error["loc"][-1] in ("user_id", "request_id")
+    return "" if is_id_of_user else f", got {_short(error['input'])}"
 
 
 def _short(value: object) -> str:

@@ -21,13 +21,13 @@ from typing import Literal
 import numpy as np
 
 from raysys.config import RolloutConfig
-from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
 from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
+from raysys.serve.keys import Key, Keys
 from raysys.serve.metrics import Metrics, Outcome
 from raysys.serve.ranker import ResidentVersions, ScoresError, Servable, rank_order, score
-from raysys.serve.request_id import RequestIds, RequestTag, new_nonce
+from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
     ApiError,
@@ -82,7 +82,7 @@ class RankService:
         replica_id: str,
         config: RolloutConfig,
         versions: ResidentVersions,
-        pseudonymizer: Pseudonymizer,
+        keys: Keys,
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
@@ -95,8 +95,7 @@ class RankService:
         """Counts of the rollout on trial, None if there is none."""
         self._replica_id = replica_id
         self._config = config
-        self._pseudonymizer = pseudonymizer
-        self._ids = RequestIds(pseudonymizer.key)
+        self._keys = keys
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
@@ -108,6 +107,7 @@ class RankService:
         if view.sequence < self.view.sequence:
             return
         self.view = view
+        self._keys.follow(view.user_key_id)
         if view.canary is None or view.rollout_id is None:
             self.tally = None
         elif self.tally is None or self.tally.rollout_id != view.rollout_id:
@@ -138,23 +138,36 @@ class RankService:
         started, now = time.perf_counter(), self._clock()
         self._check_ts(request.ts, now)
         nonce = new_nonce()
-        key = request.user_id or request.request_id or nonce
-        choice = self._choose(key, forced_version)
-        tag = self._tag(nonce, key, request, choice, now)
+        sticky = request.user_id or request.request_id or nonce
+        choice = self._choose(sticky, forced_version)
+        # A session is no user: it must not share the pseudonym of a user of the same id.
+        user = sticky if request.user_id is not None else f"\0anonymous {sticky}"
+        key = self._keys.current  # for the whole request, whatever is rotated meanwhile
+        tag = RequestTag(
+            nonce=nonce,
+            answered_at=now,
+            version=choice.version.name,
+            surface=request.surface,
+            pseudonym=key.chain.pseudonym(user),
+            has_user=request.user_id is not None,
+            rollout_id=self.view.rollout_id if choice.is_counted else None,
+            arm=choice.arm,
+            bucket=analysis_bucket(sticky),
+        )
         try:
-            ranked, outcome = await self._rank_or_fall_back(request, tag, choice, now)
+            ranked, outcome = await self._rank_or_fall_back(request, user, choice, now)
         except ScoresError as error:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
         tag = dataclasses.replace(tag, version=ranked.version.name)
         answer = RankAnswer(
-            request_id=self._ids.sign(tag),
+            request_id=key.request_ids.sign(tag),
             version=tag.version,
             ranking=ranked.ranking,
             unknown_candidates=ranked.unknown,
         )
-        self._add_impressions(answer, tag, request, now)
+        self._add_impressions(answer, tag, key, request, now)
         self._count(tag, outcome, started)
         return answer
 
@@ -166,29 +179,31 @@ class RankService:
         """
         for event in request.events:
             self._check_ts(event.ts, self._clock())
-        tag = self._ids.read(request.request_id)
-        if tag is None:
+        signed = self._keys.read_request_id(request.request_id)
+        if signed is None:
+            # The id is not shown: it may be a user's that was sent by mistake.
             raise ApiError(
                 404,
-                f"request_id {name_some([request.request_id])} is not the id of an answer; send "
-                "the request_id that POST /v1/rank answered with",
+                "request_id: is not the id of an answer; send the request_id that POST /v1/rank "
+                "answered with",
             )
+        tag, key = signed.tag, signed.key
         if (
             tag.has_user
             and request.user_id is not None
-            and self._pseudonymizer.pseudonym(request.user_id) != tag.pseudonym
+            and key.chain.pseudonym(request.user_id) != tag.pseudonym
         ):
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
-        rows = feedback_rows(
-            tag, request, now=self._clock(), user_key_id=self._pseudonymizer.key_id
-        )
+        rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
         except Exception as error:
             raise ApiError(503, "the feedback could not be stored; send it again") from error
-        if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
+        # Who has a key that leaked can sign, but must not vote for a version.
+        counts = self.tally is not None and self.tally.rollout_id == tag.rollout_id
+        if self.tally is not None and counts and not signed.is_outdated:
             self.tally.converted(tag)
         self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
         return FeedbackAnswer(accepted=len(rows))
@@ -257,36 +272,19 @@ class RankService:
             )
         return _Choice(version=version, outcome="forced")
 
-    def _tag(
-        self, nonce: str, key: str, request: RankRequest, choice: _Choice, now: float
-    ) -> RequestTag:
-        has_user = request.user_id is not None
-        return RequestTag(
-            nonce=nonce,
-            answered_at=now,
-            version=choice.version.name,
-            surface=request.surface,
-            # A session is no user: it must not share the pseudonym of a user of the same id.
-            pseudonym=self._pseudonymizer.pseudonym(key if has_user else f"\0anonymous {key}"),
-            has_user=has_user,
-            rollout_id=self.view.rollout_id if choice.is_counted else None,
-            arm=choice.arm,
-            bucket=analysis_bucket(key),
-        )
-
     async def _rank_or_fall_back(
-        self, request: RankRequest, tag: RequestTag, choice: _Choice, now: float
+        self, request: RankRequest, user: str, choice: _Choice, now: float
     ) -> tuple[_Ranked, Outcome]:
         try:
-            return await self._rank_with(choice.version, request, tag, now), choice.outcome
+            return await self._rank_with(choice.version, request, user, now), choice.outcome
         except ScoresError:
             if choice.fallback is None:
                 raise
             _logger.exception("stable answers a request in the canary's place")
-            return await self._rank_with(choice.fallback, request, tag, now), "canary_failed"
+            return await self._rank_with(choice.fallback, request, user, now), "canary_failed"
 
     async def _rank_with(
-        self, version: Servable, request: RankRequest, tag: RequestTag, now: float
+        self, version: Servable, request: RankRequest, user: str, now: float
     ) -> _Ranked:
         places = {item: version.items.index_of(item) for item in request.candidates}
         unknown = [item for item, place in places.items() if place is None]
@@ -298,7 +296,8 @@ class RankService:
 
         def scores_of() -> list[RankedItem]:
             history = (
-                version.history(tag.pseudonym)
+                # Its histories may be of an earlier key than the current one, or of a later.
+                version.history(self._keys.of(version.user_key_id).chain.pseudonym(user))
                 if request.history is None
                 else version.history_of(request.history, when)
             )
@@ -336,7 +335,7 @@ class RankService:
                 raise ScoresError(f"canary {version.name} lacks items of stable: {name_some(lost)}")
 
     def _add_impressions(
-        self, answer: RankAnswer, tag: RequestTag, request: RankRequest, now: float
+        self, answer: RankAnswer, tag: RequestTag, key: Key, request: RankRequest, now: float
     ) -> None:
         self._impressions.add(
             impression_rows(
@@ -345,7 +344,7 @@ class RankService:
                 answer.ranking,
                 ts=now if request.ts is None else request.ts,
                 query=request.query,
-                user_key_id=self._pseudonymizer.key_id,
+                user_key_id=key.key_id,
             )
         )
 

@@ -210,7 +210,7 @@ class TestPlan:
         result = run(config, "plan", *(["--json"] if as_json else []))
         message = {
             "budget": "this update would bring epsilon to 4.000 of privacy.epsilon_total 3 ",
-            "key": "pseudonyms.key_file: holds key 7ecd1ca3, but the histories below",
+            "key": "pseudonyms: the keys given are 7ecd1ca3, but the histories below",
             "catalogue": "the catalogue is empty (no item files): write item rows below",
         }[cause]
         assert result.exit_code == 1 and result.stderr.startswith(f"raysys: {message}")
@@ -462,6 +462,30 @@ class TestDoctor:
     ) -> None:
         append(local_root, FIRST, committed(FIRST))
         assert "were made with key key" in run(local_config, "doctor").stdout
+
+    def test_finds_a_key_that_waits_for_its_rotation(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        first = dataclasses.replace(FIRST, user_key_id="7ecd1ca3")
+        append(local_root, first, committed(first))
+        assert "/key holds key 7ecd1ca3" in run(local_config, "doctor").stdout
+        with (local_config.parent / "key").open("a") as file:
+            file.write("\nfedcba9876543210\n")
+        assert "run jobs/rotate_key.py first" in run(local_config, "doctor").stdout
+
+    def test_finds_the_key_in_the_environment_and_never_shows_it(
+        self, local_config: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = local_config.read_text().replace("key_file: key", "key_env: SHOP_USER_KEY")
+        local_config.write_text(text)
+        assert (
+            "the environment variable SHOP_USER_KEY is not set"
+            in run(local_config, "doctor").stdout
+        )
+        monkeypatch.setenv("SHOP_USER_KEY", "0123456789abcdef")
+        told = run(local_config, "doctor").stdout
+        assert "environment variable SHOP_USER_KEY holds key 7ecd1ca3" in told
+        assert "0123456789abcdef" not in told
 
     def test_finds_a_version_that_is_not_supported(
         self, local_config: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from tests.helpers import (
     partition,
     renewed,
     rollout,
+    rotated,
     started,
     write_config,
     write_records,
@@ -77,8 +78,15 @@ def test_a_record_is_explained_in_one_sentence(record: Record, meaning: str) -> 
     assert explain(record) == meaning
 
 
+def test_a_rotation_is_explained_in_one_sentence() -> None:
+    start = started("u0003-cccccc", user_key_id="new", partitions=())
+    meaning = "u0003-cccccc carried 1 users of u0001-aaaaaa from key key to new, in 1 s"
+    assert explain(rotated(start, committed())) == meaning
+
+
 def test_every_type_of_record_is_explained() -> None:
-    assert {type(record).__name__ for record, _ in MEANINGS.values()} == set(RECORD_TYPES)
+    explained = {type(record).__name__ for record, _ in MEANINGS.values()}
+    assert explained | {"PseudonymsRotated"} == set(RECORD_TYPES)
 
 
 @pytest.fixture

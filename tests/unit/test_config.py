@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raysys.config import Config, load_config, parse_config
+from raysys.config import Config, PseudonymConfig, load_config, parse_config
 from raysys.errors import ConfigError
 from tests.helpers import write_config
 
@@ -40,6 +40,12 @@ def test_the_key_file_lies_relative_to_the_config_file(
     assert load_config(path).pseudonyms.key_file == str(tmp_path / "key")
 
 
+def test_a_key_in_the_environment_is_a_name_and_no_path(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "file:///shop")
+    path.write_text("root: file:///shop\npseudonyms: {key_env: USER_KEY}\n")
+    assert load_config(path).pseudonyms == PseudonymConfig(key_env="USER_KEY")
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse().root = "file:///other"  # type: ignore[misc]
@@ -60,8 +66,13 @@ def test_a_config_cannot_be_changed() -> None:
         pytest.param({"lease": 5}, "lease: expected a mapping of keys, got 5", id="not-a-section"),
         pytest.param(
             {"pseudonyms": {}},
-            "pseudonyms.key_file: missing; the config must name it",
-            id="missing-key",
+            "pseudonyms: expected either key_file or key_env, got neither",
+            id="no-key",
+        ),
+        pytest.param(
+            {"pseudonyms": {"key_file": "key", "key_env": "KEY"}},
+            "pseudonyms: expected either key_file or key_env, got both",
+            id="two-keys",
         ),
         pytest.param(
             {"privacy": {"delta": "1e-4"}},

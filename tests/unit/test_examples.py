@@ -28,6 +28,7 @@ from raysys.ingest.features import (
 )
 from raysys.ingest.history import HISTORY_SCHEMA, Histories, history_slices, merge_histories
 from raysys.ingest.labels import Waiting
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA
 from raysys.ingest.sample import max_candidates
 from tests.shop import (
     HALF_LIFE_S,
@@ -64,10 +65,12 @@ def build(
     seed: int = 0,
     public: list[ItemTable] | None = None,
     ends: Sequence[float] = (END,),
+    held_out: pl.DataFrame | None = None,
 ) -> ShardResult:
     before = ShardState(
         histories=no_histories() if histories is None else histories,
         waiting=Waiting.nothing(),
+        held_out=pl.DataFrame(schema=HELD_OUT_SCHEMA) if held_out is None else held_out,
         as_of=histories_as_of,
     )
     settings = ShardSettings(
@@ -237,6 +240,16 @@ class TestExamples:
         assert result.examples.num_users == 2
         assert result.num_users == 3
         assert set(result.state.histories["user"]) == {ALICE, BOB, HELD_OUT}
+
+    def test_what_was_drawn_before_prevails_over_the_pseudonym(self) -> None:
+        """As after a rotation of the key, or of another fraction."""
+        drawn = pl.DataFrame({"user": [ALICE, HELD_OUT], "held_out": [True, False]})
+        result = build([outcome(who, 0, 1.0) for who in (ALICE, BOB, HELD_OUT)], held_out=drawn)
+        assert result.examples.num_users == 2
+        assert sorted(case.held_out for case in cases(result)) == [False, False, True]
+        after = result.state.held_out
+        assert dict(after.iter_rows()) == {ALICE: True, BOB: False, HELD_OUT: False}
+        assert build([outcome(BOB, 0, 1.0)], held_out=drawn).state.held_out.equals(after)
 
     @given(
         bought=st.dictionaries(st.integers(0, 20), purchases, min_size=1, max_size=5),

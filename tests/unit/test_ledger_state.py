@@ -26,7 +26,7 @@ from tests.helpers import (
     started,
 )
 
-FIRST = started("u0001-aaaaaa", user_key_id="key-1")
+FIRST = started("u0001-aaaaaa", user_key_id="key")
 SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-02"),))
 THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
 ANEW = started("u0002-bbbbbb", partitions=(partition("2017-03-01", etag="2"),))
@@ -60,7 +60,7 @@ class TestUpdates:
         assert state.consumed_files == {f.path: f for f in FIRST.partitions[0].files}
         assert state.consumed_partitions == {"events/dt=2017-03-01": "u0001-aaaaaa"}
         assert state.consumed_item_files == {"items/items.parquet": item_file()}
-        assert state.watermark == "2017-03-01" and state.user_key_id == "key-1"
+        assert state.watermark == "2017-03-01" and state.user_key_id == "key"
 
     def test_an_abandoned_update_frees_its_partitions(self) -> None:
         again = dataclasses.replace(FIRST, update_id="u0002-bbbbbb")

@@ -67,6 +67,8 @@ def job(local_root: Root, tmp_path: Path) -> IngestJob:
         base_state=None,
         partitions=discover(local_root).partitions,
         read_before=(),
+        user_key_id=Pseudonymizer(KEY).key_id,
+        key_ids={},
         seed=0,
     )
 

@@ -97,6 +97,13 @@ def publish_version(
     return run
 
 
+def test_a_version_knows_the_key_of_its_histories(
+    local_root: Root, publish_version: Publish
+) -> None:
+    record = dataclasses.replace(publish_version(), user_key_id="7ecd1ca3")
+    assert load_version(local_root, record).user_key_id == "7ecd1ca3"
+
+
 def rewritten(
     root: Root, record: UpdateCommitted, name: str, change: Callable[[bytes], bytes]
 ) -> UpdateCommitted:

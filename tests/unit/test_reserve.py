@@ -8,6 +8,7 @@ import pytest
 
 from raysys.config import Config, PartitionConfig, PrivacyConfig, PseudonymConfig, TrainConfig
 from raysys.errors import ConfigError, DataError, EmptyPlanError, PartitionChangedError
+from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.records import PartitionRef, Record
 from raysys.ledger.state import State
 from raysys.partitions.discover import PartitionRange, discover
@@ -15,6 +16,7 @@ from raysys.reserve import Planner, check_catalogue, planned_spend, planned_spen
 from raysys.storage import Root
 from tests.helpers import committed, entries, partition, started
 
+KEYS, OTHER = Pseudonymizer(b"0123456789abcdef"), Pseudonymizer(b"another 16 bytes")
 DAYS = tuple(f"events/dt=2017-03-{day:02}" for day in range(1, 6))
 
 
@@ -121,7 +123,7 @@ class TestReserve:
         put(local_root, *DAYS[:2])
         config = config_of(local_root, privacy=PrivacyConfig(enabled=False))
         plan = Planner(local_root, config).plan(State())
-        record = reserve(State(), plan, config, key_id="k", owner="me")
+        record = reserve(State(), plan, config, keys=KEYS, owner="me")
         assert (record.partitions, record.set_aside) == (plan.partitions, plan.set_aside)
         assert record.reserved is None and not record.private
         assert State().problem(record) is None
@@ -131,8 +133,8 @@ class TestReserve:
         config = config_of(local_root, privacy=PrivacyConfig(enabled=False))
         state = after_update(State(), *discover(local_root).partitions[:1])
         plan = Planner(local_root, config).plan(state)
-        with pytest.raises(ConfigError, match="holds key other, but the histories"):
-            reserve(state, plan, config, key_id="other", owner="me")
+        with pytest.raises(ConfigError, match=r"keys given are .*, but the histories"):
+            reserve(state, plan, config, keys=OTHER, owner="me")
 
     def test_a_first_update_needs_a_catalogue_a_later_one_does_not(self, local_root: Root) -> None:
         put(local_root, DAYS[0])

@@ -14,7 +14,7 @@ from raysys.config import IngestConfig
 from raysys.ingest.examples import ShardState
 from raysys.ingest.history import HISTORY_SCHEMA
 from raysys.ingest.labels import CLOSED_SCHEMA, IMPRESSION_SCHEMA, OUTCOME_SCHEMA, Waiting
-from raysys.ingest.pseudonym import user_shard
+from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, user_shard
 from raysys.ingest.shard_state import (
     load_histories,
     load_shard_state,
@@ -152,6 +152,8 @@ def shard_state(users: list[str]) -> ShardState:
                 schema=CLOSED_SCHEMA,
             ),
         ),
+        held_out=pl.DataFrame({"user": users, "held_out": [False] * len(users)},
+                              schema=HELD_OUT_SCHEMA),
         as_of=9.0,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from tests.helpers import (
     partition,
     renewed,
     rollout,
+    rotated,
     started,
     write_records,
 )
@@ -34,8 +35,13 @@ INTERVAL = 8
 SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-02"),), base_version="v0001-aaaaaa")
 THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
 FOURTH = started(
-    "u0004-dddddd", private=False, reserved=None, partitions=(partition("2017-03-04"),)
+    "u0004-dddddd",
+    private=False,
+    reserved=None,
+    partitions=(partition("2017-03-04"),),
+    user_key_id="new",
 )
+ROTATION = started("u0005-eeeeee", user_key_id="new", partitions=())
 FIRST = started(
     item_files=(item_file(),),
     set_aside=(SetAside(path="c", size_bytes=1, etag="e", kind="late", reason="came late"),),
@@ -53,6 +59,8 @@ RICH: list[Record] = [
     committed(SECOND),
     rollout(measurement={"phase": "inconclusive"}),
     rollout("rolled_back", stable="v0001-aaaaaa", previous="v0000-000000"),
+    ROTATION,
+    rotated(ROTATION, committed(SECOND), to_key_id="new"),
     THIRD,
     abandoned("u0003-cccccc"),
     FOURTH,

@@ -268,11 +268,11 @@ def publish_late(patch: pytest.MonkeyPatch, shop: Shop) -> None:
 
 
 def never_clean_up(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    patch.setattr(update, "_delete_orphans", lambda root, log: None)
+    patch.setattr(update, "delete_orphans", lambda root, log: None)
 
 
 def clean_up_too_much(patch: pytest.MonkeyPatch, shop: Shop) -> None:
-    patch.setattr(update, "orphan_folders", lambda state, folders: folders)
+    patch.setattr("raysys.partitions.orphans.orphan_folders", lambda state, folders: folders)
 
 
 def forget_abandoned_charges(patch: pytest.MonkeyPatch, shop: Shop) -> None:

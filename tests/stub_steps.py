@@ -134,10 +134,10 @@ class Steps:
 def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:
     """Has updates ingest for real, without Ray: the tasks of its graph are called in a row."""
 
-    def in_a_row(job: IngestJob, task: Callable[..., Any], rows: list[Any]) -> Iterator[Any]:
-        yield from (json.loads(json.dumps(task(row, job=job))) for row in rows)
+    def in_a_row(task: Callable[..., Any], rows: list[Any], **_: Any) -> Iterator[Any]:
+        yield from (json.loads(json.dumps(task(row))) for row in rows)
 
     patch.setattr(update, "ingest", pipeline.ingest)
-    patch.setattr(pipeline, "_map", in_a_row)
+    patch.setattr(pipeline, "run_tasks", in_a_row)
     patch.setattr(pipeline.ray, "put", lambda value: value)
     patch.setattr(pipeline.ray, "get", lambda value: value)

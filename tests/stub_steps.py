@@ -9,7 +9,7 @@ objects in the places where the real ones do.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -134,8 +134,8 @@ class Steps:
 def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:
     """Has updates ingest for real, without Ray: the tasks of its graph are called in a row."""
 
-    def in_a_row(task: Callable[..., Any], rows: list[Any], **_: Any) -> Iterator[Any]:
-        yield from (json.loads(json.dumps(task(row))) for row in rows)
+    def in_a_row(task: Callable[..., Any], rows: list[Any], **_: Any) -> list[Any]:
+        return [json.loads(json.dumps(task(row))) for row in rows]
 
     patch.setattr(update, "ingest", pipeline.ingest)
     patch.setattr(pipeline, "run_tasks", in_a_row)

@@ -187,9 +187,8 @@ def ingest(
 def _run(
     job: IngestJob, task: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    return list(
-        run_tasks(functools.partial(task, job=job), rows, num_cpus=job.config.ingest.cpus_per_task)
-    )
+    settings = job.config.ingest
+    return run_tasks(functools.partial(task, job=job), rows, num_cpus=settings.cpus_per_task)
 
 
 def _clean(row: dict[str, Any], job: IngestJob) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -18,8 +18,8 @@ from raysys.errors import RaysysError
 Task = Callable[[Any], dict[str, Any]]
 
 
-def run_tasks(task: Task, rows: Sequence[Any], *, num_cpus: float) -> Iterator[dict[str, Any]]:
-    """Yields what `task` answers to each row, in order.
+def run_tasks(task: Task, rows: Sequence[Any], *, num_cpus: float) -> list[dict[str, Any]]:
+    """Returns what `task` answers to each row, in order.
 
     Args:
       task: Answers with plain JSON values; data goes through the root. It may run again if its node
@@ -32,13 +32,8 @@ def run_tasks(task: Task, rows: Sequence[Any], *, num_cpus: float) -> Iterator[d
     held = ray.put(list(rows))
     dataset = ray.data.range(len(rows), override_num_blocks=max(len(rows), 1))
     done = dataset.map(functools.partial(_answer, task=task, rows=held), num_cpus=num_cpus)
-    waiting: dict[int, str] = {}
-    place = 0
-    for row in done.iter_rows():
-        waiting[row["id"]] = row["answer"]
-        while place in waiting:
-            yield _unpack(waiting.pop(place))
-            place += 1
+    answers = sorted(done.take_all(), key=lambda row: row["id"])
+    return [_unpack(row["answer"]) for row in answers]
 
 
 def _answer(row: dict[str, Any], task: Task, rows: ray.ObjectRef[list[Any]]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import pytest
 import ray
 from ray import serve
 
+from raysys.config import load_config
+from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record
 from raysys.rollout.controller import RolloutController
@@ -52,10 +54,12 @@ class Shop:
         self.root = Root((folder / "root").as_uri())
         self.log = Log(self.root)
         self.config = write_config(folder, self.root.uri, ROLLOUT)
+        keys = load_config(self.config).pseudonyms
+        self.key_id = Pseudonymizer.from_config(keys).key_id
         self.url = f"http://127.0.0.1:{free_port()}"
 
     def commit(self, version: str) -> None:
-        begun = started(f"u{version[1:]}", partitions=())
+        begun = started(f"u{version[1:]}", partitions=(), user_key_id=self.key_id)
         for record in (begun, committed(begun, version=version)):
             self._append(record)
 

@@ -41,6 +41,7 @@ from raysys.config import Config, PrivacyConfig, PseudonymConfig
 from raysys.ingest.completejourney import data_folder, load_products, load_transactions
 from raysys.ingest.labels import attribute
 from raysys.ingest.pipeline import IngestJob, ingest
+from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.shards import group_files
 from raysys.ingest.tasks import run_tasks
 from raysys.ledger.records import FileRef, PartitionRef
@@ -201,7 +202,8 @@ def build_examples(folder: Path, copies: int) -> dict[str, float]:
     found = discover(root)
     job = IngestJob(
         root=root, work=root, config=config, update_id="u0001-aaaaaa", base_state=None,
-        partitions=found.partitions, read_before=(), seed=0,
+        partitions=found.partitions, read_before=(), seed=0, key_ids={},
+        user_key_id=Pseudonymizer.from_config(config.pseudonyms).key_id,
     )  # fmt: skip
 
     def run() -> dict[str, Any]:

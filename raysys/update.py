@@ -193,8 +193,10 @@ def _ingest(run: _Run) -> Ingested:
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
-    if ingested.column_counts:
-        run.on_progress(f"columns: {_told(ingested.column_counts)}")
+    # That optional columns are not there is no news; the record has them too.
+    told = {k: n for k, n in ingested.column_counts.items() if not k.startswith("missing:")}
+    if told:
+        run.on_progress(f"columns: {_told(told)}")
     for path, reason in ingested.quarantined_files.items():
         run.on_progress(f"quarantined file {path}: {reason}")
     run.on_progress(

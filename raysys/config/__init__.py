@@ -1,0 +1,52 @@
+"""The one configuration of a shop: a YAML file becomes frozen, validated dataclasses.
+
+    config = load_config("shop.yaml")
+    config.privacy.epsilon_total
+
+Every job takes `--config FILE`, and the Serve application reads the same file, so that an update
+and the replicas that serve it cannot disagree. Unknown keys are errors, units are in the names.
+
+shop.py     all sections together
+data.py     what an update reads and makes of it
+model.py    how the ranker is trained, kept private, judged and rolled out
+load.py     YAML -> Config
+"""
+
+from raysys.config.data import (
+    ChangeOutcome,
+    IngestConfig,
+    LabelConfig,
+    LeaseConfig,
+    PartitionConfig,
+    PseudonymConfig,
+    SchemaConfig,
+)
+from raysys.config.load import load_config, parse_config
+from raysys.config.model import (
+    EvaluateConfig,
+    GateConfig,
+    ModelConfig,
+    PrivacyConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from raysys.config.shop import Config
+
+__all__ = [
+    "ChangeOutcome",
+    "Config",
+    "EvaluateConfig",
+    "GateConfig",
+    "IngestConfig",
+    "LabelConfig",
+    "LeaseConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "PseudonymConfig",
+    "RolloutConfig",
+    "SchemaConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,58 @@
+"""All sections together: the config of a shop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from raysys.config.checks import require
+from raysys.config.data import (
+    IngestConfig,
+    LabelConfig,
+    LeaseConfig,
+    PartitionConfig,
+    PseudonymConfig,
+    SchemaConfig,
+)
+from raysys.config.model import (
+    EvaluateConfig,
+    GateConfig,
+    ModelConfig,
+    PrivacyConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that a shop configures."""
+
+    root: str
+    """`file:///folder` or `s3://bucket/prefix`. All durable things lie below it."""
+    pseudonyms: PseudonymConfig
+    partitions: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
+    lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
+    schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
+    ingest: IngestConfig = dataclasses.field(default_factory=IngestConfig)
+    labels: LabelConfig = dataclasses.field(default_factory=LabelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.root.startswith(("file:///", "s3://")),
+            "root",
+            self.root,
+            "file:///folder or s3://bucket/prefix",
+        )
+
+    def hash(self) -> str:
+        """Returns the sha256 of all values, which every ledger record of an update carries."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -283,6 +283,8 @@ def _publish(
         lora_rank=config.model.lora_rank,
         alpha=config.train.alpha,
         state=run.update_id,
+        loss=config.train.loss,
+        decision_threshold=config.labels.decision_threshold,
     )
     weights = VersionWeights(
         head=trained.head,

@@ -207,7 +207,8 @@ class LabelConfig:
     positive_repeats: int = 1
     """A request with an outcome stands so many times in the draw of a user's requests."""
     decision_threshold: float = 0.5
-    """Probability from which a candidate is flagged, where a version decides (risk alerts)."""
+    """Probability from which a candidate is flagged, where a version decides (risk alerts). Needs
+    `train.loss: pointwise`."""
 
     def __post_init__(self) -> None:
         check(self, "labels", POSITIVE, "attribution_window_s", "positive_weight")

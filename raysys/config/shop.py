@@ -51,6 +51,13 @@ class Config:
             self.root,
             "file:///folder or s3://bucket/prefix",
         )
+        threshold = self.labels.decision_threshold
+        require(
+            threshold == LabelConfig().decision_threshold or self.train.loss == "pointwise",
+            "labels.decision_threshold",
+            threshold,
+            "the default, or train.loss: pointwise: scores of other losses are no probabilities",
+        )
 
     def hash(self) -> str:
         """Returns the sha256 of all values, which every ledger record of an update carries."""

@@ -119,6 +119,19 @@ class LoadedVersion:
         )
         return self._weights.head.score(inputs)
 
+    def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
+        """Returns which candidates the version flags, (K,): those probable enough.
+
+        Raises:
+          ValueError: Its scores are no log odds: it was trained on another loss than pointwise.
+        """
+        if self.manifest.loss != "pointwise":
+            raise ValueError(
+                f"version {self.name} was trained on the {self.manifest.loss} loss, whose scores "
+                "only rank; train.loss: pointwise gives probabilities"
+            )
+        return 1 / (1 + np.exp(-scores)) >= self.manifest.decision_threshold
+
     def check_golden(self) -> None:
         """Scores the requests that were recorded at training.
 

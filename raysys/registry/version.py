@@ -40,6 +40,10 @@ class Manifest:
     alpha: float
     state: str
     """The update whose `state/` folder it serves with."""
+    loss: str = "listwise"
+    """As trained; scores of `pointwise` are log odds of an outcome."""
+    decision_threshold: float = 0.5
+    """Probability from which a candidate is flagged."""
     schema_version: int = MANIFEST_SCHEMA_VERSION
 
     def to_bytes(self) -> bytes:

@@ -111,6 +111,12 @@ def test_a_config_cannot_be_changed() -> None:
             id="impossible-choice",
         ),
         pytest.param(
+            {"labels": {"decision_threshold": 0.8}},
+            "labels.decision_threshold: expected the default, or train.loss: pointwise: scores of "
+            "other losses are no probabilities, got 0.8",
+            id="threshold-without-probabilities",
+        ),
+        pytest.param(
             {"rollout": {"weight_fraction": 1.5}},
             "rollout.weight_fraction: expected a fraction in (0, 1), got 1.5",
             id="out-of-bounds",

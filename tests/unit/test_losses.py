@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from raysys.model.losses import listwise_loss
+from raysys.model.losses import listwise_loss, pointwise_loss
 
 SHAPE = (2, 3, 4)
 
@@ -91,3 +93,66 @@ def test_the_scale_of_a_requests_gains_does_not_matter_but_their_ratio_does() ->
     even = values["gains"].clone()
     even[..., 1] = 3.0
     assert not torch.allclose(listwise_loss(**{**values, "gains": even}), once, atol=1e-3)
+
+
+class TestPointwise:
+    def test_it_is_the_mean_cross_entropy_of_a_requests_candidates(self) -> None:
+        values = batch()
+        target = (values["gains"] > 0).float()
+        probability = torch.sigmoid(values["scores"] - values["log_q"])
+        each = -(target * probability.log() + (1 - target) * (1 - probability).log())
+        torch.testing.assert_close(pointwise_loss(**values), each.mean(-1).sum(-1))
+
+    def test_padding_changes_nothing(self) -> None:
+        values, padded = batch(), batch()
+        filler = {"scores": 7.0, "gains": 0.0, "weight": 5.0, "log_q": -2.0, "valid": False}
+        for name, value in filler.items():
+            tail = torch.full((2, 3, 2), value, dtype=padded[name].dtype)
+            padded[name] = torch.cat([padded[name].detach(), tail], -1)
+        torch.testing.assert_close(pointwise_loss(**padded), pointwise_loss(**values))
+        padded["valid"][:] = False
+        assert not pointwise_loss(**padded).any()
+
+    def test_a_request_without_an_outcome_teaches_it_and_not_the_listwise_loss(self) -> None:
+        values = batch()
+        values["gains"] = torch.zeros(SHAPE)
+        assert bool((pointwise_loss(**values) > 0).all())
+        assert not listwise_loss(**values).any()
+
+    @pytest.mark.parametrize("share", [1.0, 0.1])
+    def test_log_odds_are_those_among_all_whatever_share_of_negatives_was_kept(
+        self, share: float
+    ) -> None:
+        assert self.fitted_log_odds(share, log_q=math.log(share)) == pytest.approx(
+            math.log(0.05 / 0.95), abs=0.05
+        )
+
+    def test_a_loss_that_is_not_told_of_the_share_is_off_by_its_log(self) -> None:
+        off = self.fitted_log_odds(0.1, log_q=0.0) - math.log(0.05 / 0.95)
+        assert off == pytest.approx(-math.log(0.1), abs=0.05)
+
+    def fitted_log_odds(self, share: float, *, log_q: float) -> float:
+        """One score for all candidates, fitted to 5 % positives of which all are kept."""
+        num_positives, num_negatives = 50, round(950 * share)
+        gains = torch.cat([torch.ones(num_positives), torch.zeros(num_negatives)])[None, None]
+        score = torch.zeros((), requires_grad=True)
+        optimizer = torch.optim.LBFGS([score], max_iter=50)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = pointwise_loss(
+                score.expand(gains.shape), gains, torch.ones_like(gains),
+                torch.full_like(gains, log_q), torch.ones_like(gains, dtype=torch.bool),
+            ).sum()  # fmt: skip
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        return score.detach().item()
+
+
+def test_the_weight_of_an_outcome_scales_its_part_of_the_loss() -> None:
+    values = batch()
+    values["weight"] = torch.full(SHAPE, 2.0)
+    for loss in (listwise_loss, pointwise_loss):
+        torch.testing.assert_close(loss(**values), 2 * loss(**batch()))

@@ -345,3 +345,17 @@ def test_queries_beyond_the_cache_are_forgotten_oldest_first(
     for query in ("w1", "w2", "w3"):
         version.score(UserHistory.empty(), np.array([0], np.int32), now=NOW, query=query)
     assert [version.knows_query(q) for q in ("w1", "w2", "w3")] == [False, True, True]
+
+
+def test_a_version_flags_by_the_configured_probability(
+    publish_version: Publish, local_root: Root
+) -> None:
+    log_odds = np.log(np.array([0.05, 0.19, 0.21]) / np.array([0.95, 0.81, 0.79]))
+    record = publish_version(loss="pointwise", decision_threshold=0.2)
+    assert load_version(local_root, record).flags(log_odds).tolist() == [False, False, True]
+
+
+def test_scores_that_only_rank_flag_nothing(publish_version: Publish, local_root: Root) -> None:
+    version = load_version(local_root, publish_version())
+    with pytest.raises(ValueError, match=r"listwise loss.*train\.loss: pointwise"):
+        version.flags(np.zeros(2, np.float32))

@@ -67,7 +67,9 @@ def seen_bytes(rows: pl.DataFrame) -> bytes:
     day = events["day"].to_numpy()
     starts = np.flatnonzero(np.diff(day, prepend=day[:1] - 1))
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+    # Statistics of the other columns would be most of the footer, and it is read each time.
+    options = {"compression": "zstd", "write_statistics": ["day"]}
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
         for start, end in itertools.pairwise([*starts.tolist(), len(events)]):
             writer.write_table(table.slice(start, end - start), row_group_size=end - start)
     return sink.getvalue()

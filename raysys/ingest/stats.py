@@ -234,13 +234,18 @@ def load_item_ids(root: Root, update_id: str) -> frozenset[str]:
 def load_item_state(root: Root, update_id: str) -> ItemState:
     """Reads what `save_item_state` wrote."""
     frame = pl.read_parquet(io.BytesIO(root.read_bytes(f"{state_folder(update_id)}/items.parquet")))
-    scalars: dict[str, Any] = json.loads(root.read_bytes(f"{state_folder(update_id)}/items.json"))
     return ItemState(
         catalogue=frame.select(list(ITEM_SCHEMA)),
         popularity=frame["popularity"].to_numpy(),
         recent=frame["recent"].to_numpy(),
-        **_upgraded(scalars),
+        **load_item_scalars(root, update_id),
     )
+
+
+def load_item_scalars(root: Root, update_id: str) -> dict[str, float]:
+    """Reads a state's scalars alone, among them `as_of` and `half_life_s`."""
+    scalars: dict[str, Any] = json.loads(root.read_bytes(f"{state_folder(update_id)}/items.json"))
+    return _upgraded(scalars)
 
 
 _SCHEMA_VERSION = 2

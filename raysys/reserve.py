@@ -19,7 +19,8 @@ from raysys.ledger.records import PartitionRef, PrivacySpend, UpdateStarted
 from raysys.ledger.state import State
 from raysys.partitions.discover import EVERYTHING, Discovered, PartitionRange, discover
 from raysys.partitions.periods import periods_of
-from raysys.partitions.plan import UpdatePlan, plan_update, range_to_list
+from raysys.partitions.plan import UpdatePlan, plan_update, range_to_list, without_empty
+from raysys.partitions.rows import partitions_without_rows
 from raysys.privacy.budget import check_reservation
 from raysys.privacy.spend import mechanisms
 from raysys.storage import Root
@@ -61,7 +62,8 @@ class Planner:
                 self._listed = state.head_state, found, self._clock()
             _, found, now = self._listed
             plan = plan_update(found, state, config, now, self._within)
-            self._planned = state.sequence, plan
+            empty = partitions_without_rows(self._root, plan.partitions)
+            self._planned = state.sequence, without_empty(plan, empty, state, config)
         return self._planned[1]
 
     @property

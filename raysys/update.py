@@ -35,9 +35,8 @@ from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
-from raysys.partitions.changes import settle_without_rows
 from raysys.partitions.discover import EVERYTHING, PartitionRange
-from raysys.partitions.layout import label_order, partition_label, quarantine, staging
+from raysys.partitions.layout import quarantine, staging
 from raysys.partitions.orphans import delete_orphans
 from raysys.partitions.plan import UpdatePlan
 from raysys.privacy.accounting import ACCOUNTANT
@@ -147,7 +146,6 @@ def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
 
 def _run(run: _Run) -> UpdateCommitted:
     ingested = _ingest(run)
-    run = _without_empty(run, ingested)
     _list_set_aside(run, ingested)
     run.lease.check()
     texts, text_of_item = text_indexes(ingested.items)
@@ -203,22 +201,10 @@ def _ingest(run: _Run) -> Ingested:
         f"{ingested.num_rows:,} rows of {ingested.num_users:,} users became "
         f"{ingested.num_examples:,} examples; rows: {_told(ingested.row_counts)}; impressions: "
         f"{_told(ingested.label_counts['impressions'])}; outcomes: "
-        f"{_told(ingested.label_counts['outcomes'])}"
+        f"{_told(ingested.label_counts['outcomes'])}; requests: "
+        f"{_told(ingested.label_counts['requests'])}"
     )
     return ingested
-
-
-def _without_empty(run: _Run, ingested: Ingested) -> _Run:
-    """Decides about partitions that turned out to hold no rows, before anything is trained."""
-    kept, empty = settle_without_rows(
-        run.plan.partitions, ingested.without_rows, run.state, run.config.partitions
-    )
-    labels = [partition_label(partition.key) for partition in kept]
-    watermark = max([*labels, run.state.watermark or labels[0]], key=label_order)
-    plan = dataclasses.replace(
-        run.plan, partitions=kept, set_aside=(*run.plan.set_aside, *empty), watermark=watermark
-    )
-    return dataclasses.replace(run, plan=plan)
 
 
 def _list_set_aside(run: _Run, ingested: Ingested) -> None:
@@ -315,6 +301,7 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "rows": ingested.row_counts,
             "impressions": ingested.label_counts["impressions"],
             "outcomes": ingested.label_counts["outcomes"],
+            "requests": ingested.label_counts["requests"],
             "users": ingested.num_users,
             "steps": run.privacy.spend.num_steps,
         },

@@ -84,8 +84,8 @@ class Steps:
         return Ingested(
             num_rows=1, num_users=1, num_examples=1, num_shards=2, row_counts={"outcome": 1},
             column_counts={}, example_hashes={},
-            label_counts={"impressions": {}, "outcomes": {"without_impression": 1}},
-            quarantined_files={}, without_rows=frozenset(), items=table, items_before=table,
+            label_counts={"impressions": {}, "outcomes": {"without_impression": 1}, "requests": {}},
+            quarantined_files={}, items=table, items_before=table,
         )  # fmt: skip
 
     def encode_new_texts(self, root: Root, config: ModelConfig, texts: list[str]) -> int:

@@ -190,7 +190,7 @@ class LabelConfig:
 
     attribution_window_s: float = 86_400.0
     """An outcome counts for an impression of the same user, request and item up to so long after
-    it. An impression is trained on once this has passed (label maturity)."""
+    the request began. Its impressions are trained on once this has passed (label maturity)."""
     late_window_s: float = 604_800.0
     """For so long a trained request is remembered, so that an outcome which comes too late for it
     is recognised, counted, and not trained on as if nothing had been shown."""

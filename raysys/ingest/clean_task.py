@@ -51,8 +51,8 @@ def clean_task(
       user_key_id: The key of the pseudonyms to be made: a later one may be given meanwhile.
 
     Returns:
-      `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, the
-      keys of partitions `with_rows`, and the `paths` of what was written, in order.
+      `num_rows` read, `row_counts` of those refused, `column_counts`, `bad_files` with reasons, and
+      the `paths` of what was written, in order.
 
     Raises:
       PartitionChangedError: A file is not what was planned any more.
@@ -82,14 +82,11 @@ def clean_task(
     # After reading: whatever was read is then what was planned, unreadable files included.
     _require_as_planned(source, files)
     parts.close()
-    has_rows = parts.with_rows | bad_files.keys()
     return {
         "num_rows": parts.num_rows,
         "row_counts": dict(parts.row_counts),
         "column_counts": dict(parts.column_counts),
         "bad_files": bad_files,
-        # Of an unreadable file nobody knows.
-        "with_rows": sorted({key for key, file in files if file.path in has_rows}),
         "paths": parts.paths,
     }
 
@@ -111,7 +108,6 @@ class _Parts:
         self.num_rows = 0
         self.row_counts: Counter[str] = Counter()
         self.column_counts: Counter[str] = Counter()
-        self.with_rows: set[str] = set()
         self._target, self._update_id, self._task = target, update_id, task
         self._num_shards = num_shards
         self._num_written = 0
@@ -123,8 +119,6 @@ class _Parts:
     def add(self, part: Cleaned, path: str) -> None:
         """Takes rows of the file that is being read."""
         self._tallies.append((part.num_rows, part.row_counts, part.column_counts))
-        if part.num_rows:
-            self.with_rows.add(path)
         named = {
             name: getattr(part, name).with_columns(path=pl.lit(path))
             for name in ("refused", "rescued")

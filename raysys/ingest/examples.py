@@ -7,7 +7,8 @@
 
 Everything about a request is as of that request: the user's own events strictly before it, and
 the item statistics that were public when its period began, also where the request is trained on in
-a later update than the one that read it.
+a later update than the one that read it. A request that is read late, after a newer period was
+released, is seen with the statistics that the update started from: older ones are not kept.
 
 Shape suffix: K = candidates.
 """
@@ -103,6 +104,9 @@ class ShardResult:
     """Where the impressions went: `labels.IMPRESSION_FATES`."""
     outcomes: dict[str, int]
     """Where the outcomes went: `labels.OUTCOME_FATES`."""
+    requests: dict[str, int]
+    """Where the requests went that were ready: trained, over the user's cap, no outcome for a loss
+    that needs one, held out."""
 
 
 def build_shard(
@@ -126,7 +130,7 @@ def build_shard(
     )
     seen = pl.concat([before.users, outcomes["user"], shown["user"]])
     held_out = draw_held_out(seen, before.held_out, settings.ingest.holdout_fraction)
-    requests = _requests(labelled, held_out, settings)
+    requests, fates = _requests(labelled, held_out, settings)
     window = _after_history(outcomes, before.histories)
     lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
     return ShardResult(
@@ -136,6 +140,7 @@ def build_shard(
         num_users=outcomes["user"].n_unique(),
         impressions=labelled.impressions,
         outcomes=labelled.outcomes,
+        requests=fates,
     )
 
 
@@ -189,8 +194,10 @@ def _state_after(
     )
 
 
-def _requests(labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings) -> pl.DataFrame:
-    """Returns what is trained on: a row a request, at most `max_examples_per_user` a user."""
+def _requests(
+    labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Returns what is trained on, at most `max_examples_per_user` a user, and where all went."""
     shown = labelled.mature.group_by(REQUEST, maintain_order=True).agg(
         pl.col("ts").min(),
         pl.col("query").drop_nulls().first(),
@@ -208,13 +215,19 @@ def _requests(labelled: Labelled, held_out: pl.DataFrame, settings: ShardSetting
     trained = requests.join(in_training, on="user", how="semi", maintain_order="left").with_columns(
         _positive=pl.col("gain").list.max() > 0
     )
-    if settings.needs_outcome:
-        trained = trained.filter("_positive")
+    useful = trained.filter("_positive") if settings.needs_outcome else trained
     repeats = pl.when("_positive").then(settings.labels.positive_repeats).otherwise(1)
-    drawn = trained.with_columns(copy=pl.int_ranges(repeats)).explode("copy").drop("_positive")
+    drawn = useful.with_columns(copy=pl.int_ranges(repeats)).explode("copy").drop("_positive")
     most = settings.ingest.max_examples_per_user
     kept = sample_per_group(drawn, ["user"], ["request_id", "copy"], most, seed=settings.seed)
-    return kept.sort("user", "ts", "request_id", "copy")
+    num_trained = len(kept.select(REQUEST).unique())
+    fates = {
+        "trained": num_trained,
+        "over_cap": len(useful) - num_trained,
+        "no_outcome": len(trained) - len(useful),
+        "held_out": len(requests) - len(trained),
+    }
+    return kept.sort("user", "ts", "request_id", "copy"), fates
 
 
 def _examples(requests: pl.DataFrame, lookup: Histories, settings: ShardSettings) -> ExampleSet:

@@ -56,7 +56,8 @@ CLOSED_SCHEMA = {
     "ts": pl.Float64(),
     "shown": pl.Boolean(),
 }
-"""Requests that were trained on or passed by; `shown` if by their impressions."""
+"""Requests that were trained on or passed by, `ts` is up to when all was known then; `shown` if by
+their impressions."""
 
 _IN_TIME = pl.col("ts").is_between(pl.col("_shown_ts"), pl.col("closes_at"))
 
@@ -69,7 +70,7 @@ OUTCOME_FATES = (
     "without_impression",
     "late_event",
 )
-IMPRESSION_FATES = ("trained", "without_outcome", "waiting", "repeated", "late_impression")
+IMPRESSION_FATES = ("with_outcome", "without_outcome", "waiting", "repeated", "late_impression")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ class Waiting:
     recent: pl.DataFrame
     """OUTCOME_SCHEMA: of the last attribution window; histories do not hold them yet."""
     closed: pl.DataFrame
-    """CLOSED_SCHEMA: of the last `late_window_s`."""
+    """CLOSED_SCHEMA: those passed in the last `late_window_s`."""
 
     @classmethod
     def nothing(cls) -> Waiting:
@@ -159,19 +160,19 @@ def label(
     unshown = outcomes.filter(fates == "without_impression")
     is_recent = pl.col("ts") > horizon - config.attribution_window_s
     with_outcome = pl.col("gain").max().over(REQUEST) > 0
-    num_trained = len(mature.filter(with_outcome)) if len(mature) else 0
+    num_with_outcome = len(mature.filter(with_outcome)) if len(mature) else 0
     return Labelled(
         mature=mature.drop("closes_at"),
         unshown=unshown,
         waiting=Waiting(
             impressions=waits.select(list(IMPRESSION_SCHEMA)),
             recent=known.filter(is_recent),
-            closed=_closed(before.closed, mature, unshown, horizon - config.late_window_s),
+            closed=_closed(before.closed, mature, unshown, horizon, config.late_window_s),
         ),
         settled=known.filter(~is_recent),
         impressions={
-            "trained": num_trained,
-            "without_outcome": len(mature) - num_trained,
+            "with_outcome": num_with_outcome,
+            "without_outcome": len(mature) - num_with_outcome,
             "waiting": len(waits),
             **rejected,
         },
@@ -228,12 +229,17 @@ def _is_too_old(rows: pl.DataFrame, histories: pl.DataFrame) -> pl.Series:
 
 
 def _closed(
-    before: pl.DataFrame, mature: pl.DataFrame, unshown: pl.DataFrame, since: float
+    before: pl.DataFrame,
+    mature: pl.DataFrame,
+    unshown: pl.DataFrame,
+    horizon: float,
+    late_window_s: float,
 ) -> pl.DataFrame:
-    parts = [before] + [
-        rows.group_by(REQUEST, maintain_order=True)
-        .agg(pl.col("ts").max())
-        .with_columns(shown=pl.lit(was_shown))
+    """Remembers requests from when they were passed, however old they were then."""
+    parts = [before.filter(pl.col("ts") > horizon - late_window_s)] + [
+        rows.select(REQUEST)
+        .unique(maintain_order=True)
+        .with_columns(ts=pl.lit(horizon), shown=pl.lit(was_shown))
         for rows, was_shown in ((mature, True), (unshown, False))
     ]
-    return pl.concat(parts).filter(pl.col("ts") > since)
+    return pl.concat(parts)

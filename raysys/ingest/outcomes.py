@@ -13,6 +13,7 @@ import polars as pl
 
 from raysys.ingest.labels import IMPRESSION_SCHEMA, OUTCOME_SCHEMA
 from raysys.ingest.periods import period_of
+from raysys.ingest.seen import SEEN_SCHEMA, days_of
 
 EVENT_FATES = ("seen_before", "duplicate", "unknown_item", "impression", "outcome", "without_gain")
 """Where a clean row goes."""
@@ -28,12 +29,12 @@ def split_events(
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
     """Returns outcomes, impressions, and where every row went; the counts add up to the rows.
 
-    An event is told by its user and `event_id`: with the id alone, one user's rows could replace
-    another's, which neither cap nor clipping bounds.
+    An event is told by its user, `event_id` and day: with the id alone, one user's rows could
+    replace another's, which neither cap nor clipping bounds.
 
     Args:
       rows: `ingest.clean.CLEAN_COLUMNS`.
-      seen: `user` and `event_id` of events that earlier updates read.
+      seen: SEEN_SCHEMA: events that earlier updates read.
       item_ids: The catalogue, in the order of the item indexes.
       gains: Gain of each event type that is an outcome.
       ends: (P,) UNIX seconds at which the periods end.
@@ -41,8 +42,9 @@ def split_events(
     Returns:
       OUTCOME_SCHEMA and `period`; IMPRESSION_SCHEMA without what was public; EVENT_FATES.
     """
-    new = rows.join(seen, on=["user", "event_id"], how="anti", maintain_order="left")
-    distinct = new.unique(["user", "event_id"], keep="first", maintain_order=True)
+    dated = rows.with_columns(days_of(rows))
+    new = dated.join(seen, on=list(SEEN_SCHEMA), how="anti", maintain_order="left")
+    distinct = new.unique(list(SEEN_SCHEMA), keep="first", maintain_order=True)
     index = pl.DataFrame({"item_id": item_ids}, schema={"item_id": pl.String}).with_row_index(
         "item"
     )

@@ -118,12 +118,11 @@ class Ingested:
     column_counts: dict[str, int]
     """Rows by what happened to a column, for example `cast:price`; of item files `items:cast:…`."""
     label_counts: dict[str, dict[str, int]]
-    """`impressions` and `outcomes`, the rows that waited included: where each of them went."""
+    """`impressions` and `outcomes`, the rows that waited included, and the `requests` that they make:
+    where each of them went."""
     example_hashes: dict[str, str]
     """Path of each shard's examples -> sha256, by which a replay is checked."""
     quarantined_files: dict[str, str]
-    without_rows: frozenset[str]
-    """Keys of partitions whose files hold no rows at all."""
     items: ItemTable
     """The item statistics after the update."""
     items_before: ItemTable
@@ -173,12 +172,11 @@ def ingest(
         row_counts=_added_up([row["row_counts"] for row in [*cleaned, *bounded]]),
         column_counts=_added_up([item_columns, *(row["column_counts"] for row in cleaned)]),
         label_counts={
-            kind: _added_up([row[kind] for row in built]) for kind in ("impressions", "outcomes")
+            kind: _added_up([row[kind] for row in built])
+            for kind in ("impressions", "outcomes", "requests")
         },
         example_hashes={row["path"]: row["sha256"] for row in built},
         quarantined_files=bad_files,
-        without_rows=frozenset(p.key for p in job.partitions)
-        - {key for row in cleaned for key in row["with_rows"]},
         items=timeline.after,
         items_before=timeline.at(window_period),
     )
@@ -240,7 +238,7 @@ def _seen(job: IngestJob, shard: int, days: pl.Series) -> pl.DataFrame:
         old = read_seen(job.root, seen_paths(job.root, update_id, 0, 1), days)
         carried = old.with_columns(new=carry_forward(old["user"], key_id, keys))
         carried = replace_inside(carried, "event_id", old="user", new="new")
-        new = carried.select(user="new", event_id="event_id")
+        new = carried.select("event_id", "day", user="new").select(list(SEEN_SCHEMA))
         frames.append(new.filter(user_shard(job.num_shards) == shard))
     return pl.concat(frames)
 
@@ -297,6 +295,7 @@ def _build_shard(
         "num_examples": len(result.examples.user),
         "impressions": result.impressions,
         "outcomes": result.outcomes,
+        "requests": result.requests,
         "path": path,
         "sha256": hashlib.sha256(examples).hexdigest(),
     }

@@ -188,11 +188,11 @@ def no_values_in_errors(path: str) -> Iterator[None]:
     Polars and Arrow quote values. What is raised instead says where it happened, and no more.
 
     Raises:
-      RuntimeError: For anything but a `RaysysError`, which passes.
+      RuntimeError: For anything but a `RaysysError` or a missing file, which pass.
     """
     try:
         yield
-    except RaysysError:
+    except (RaysysError, FileNotFoundError):
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)

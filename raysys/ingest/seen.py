@@ -4,8 +4,8 @@
     rows of a later update -> read_seen() -> the events of those days that earlier updates read
 
 Each update writes the events that it read, once, and a later one reads the days that its own rows
-fall into, so both cost as much as the increment. An event is told by user, `event_id` and, up to a
-day, its time: one that is sent again with another day's time is another event.
+fall into, so both cost as much as the increment. An event is told by user, `event_id` and the day of
+its time, UTC: one that is sent again with another day's time is another event, within an update too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raysys.ledger.records import PartitionRef, UpdateCommitted
 from raysys.partitions.layout import partition_date
 from raysys.storage import Root
 
-SEEN_SCHEMA = {"user": pl.String(), "event_id": pl.String()}
+SEEN_SCHEMA = {"user": pl.String(), "event_id": pl.String(), "day": pl.Int32()}
 _REACH = datetime.timedelta(days=2)
 """Two partitions so far apart share no day: a row is at most `MAX_CLOCK_SKEW` outside its own."""
 

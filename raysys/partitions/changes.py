@@ -176,18 +176,18 @@ def settle_without_rows(
     state: State,
     config: PartitionConfig,
 ) -> tuple[tuple[PartitionRef, ...], tuple[SetAside, ...]]:
-    """Decides about planned partitions that turned out to hold no rows when they were read.
+    """Decides about planned partitions whose files hold no rows.
 
     Args:
-      partitions: Those that the update reserved.
+      partitions: Those that are planned.
       without_rows: Keys of those whose files have no rows at all.
 
     Returns:
-      The partitions that the update may commit, and what it sets aside besides its plan's.
+      The partitions that the update takes, and what it sets aside besides.
 
     Raises:
       PartitionChangedError: The config says `fail` of empty partitions.
-      EmptyPlanError: `reprocess` leaves nothing to commit.
+      EmptyPlanError: None of them holds rows.
     """
     planned = tuple(partitions)
     empty = [partition.key for partition in planned if partition.key in without_rows]
@@ -195,15 +195,15 @@ def settle_without_rows(
         return planned, ()
     if config.empty_partitions == "fail":
         raise PartitionChangedError(_refusal("empty", empty, state))
-    if config.empty_partitions == "quarantine":
-        folders = (FileRef(path=key, size_bytes=0, etag="") for key in empty)
-        return planned, tuple(set_aside("empty", folder, state) for folder in folders)
     kept = tuple(partition for partition in planned if partition.key not in without_rows)
     if not kept:
         raise EmptyPlanError(
             f"{empty[0]}{_more(empty)} holds no rows, and nothing else is new; the next update "
             "looks at it again"
         )
+    if config.empty_partitions == "quarantine":
+        folders = (FileRef(path=key, size_bytes=0, etag="") for key in empty)
+        return planned, tuple(set_aside("empty", folder, state) for folder in folders)
     return kept, ()
 
 

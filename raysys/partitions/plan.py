@@ -14,13 +14,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from raysys.config import PartitionConfig
 from raysys.errors import EmptyPlanError
 from raysys.ledger.records import FileRef, PartitionRef, SetAside
 from raysys.ledger.state import State
-from raysys.partitions.changes import compare, settle_changes
+from raysys.partitions.changes import compare, settle_changes, settle_without_rows
 from raysys.partitions.discover import EVERYTHING, Discovered, PartitionRange
 from raysys.partitions.layout import (
     EVENTS,
@@ -169,6 +169,21 @@ def _without_empty_after(key: str, set_aside: tuple[SetAside, ...]) -> tuple[Set
         for aside in set_aside
         if aside.kind != "empty" or label_order(partition_label(aside.path)) <= last
     )
+
+
+def without_empty(
+    plan: UpdatePlan, empty: Collection[str], state: State, config: PartitionConfig
+) -> UpdatePlan:
+    """Returns the plan once it is known which of its partitions hold no rows.
+
+    Raises:
+      PartitionChangedError: The config says `fail` of empty partitions.
+      EmptyPlanError: None of them holds rows.
+    """
+    kept, aside = settle_without_rows(plan.partitions, empty, state, config)
+    set_aside = (*plan.set_aside, *aside)
+    watermark = watermark_after(kept, set_aside, state.watermark)
+    return dataclasses.replace(plan, partitions=kept, set_aside=set_aside, watermark=watermark)
 
 
 def orphan_folders(state: State, folders: Iterable[str]) -> tuple[str, ...]:

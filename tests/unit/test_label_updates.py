@@ -109,7 +109,7 @@ def test_a_request_of_the_evening_is_trained_on_the_day_after_once_and_for_all(s
     shop.write(DAYS[0], [*morning, *evening, *clicks])
     first = shop.update()
     assert first.label_counts["impressions"] == {
-        "trained": 3 * NUM_USERS, "waiting": 3 * NUM_USERS, "without_outcome": 0, "repeated": 0,
+        "with_outcome": 3 * NUM_USERS, "waiting": 3 * NUM_USERS, "without_outcome": 0, "repeated": 0,
         "late_impression": 0,
     }  # fmt: skip
     trained = shop.shown_examples
@@ -123,7 +123,7 @@ def test_a_request_of_the_evening_is_trained_on_the_day_after_once_and_for_all(s
     # The morning's are too old for the partition that they came in, the evening's are known.
     assert second.row_counts["quarantined: ts outside its partition"] == 4 * NUM_USERS
     assert second.row_counts["seen_before"] == 4 * NUM_USERS
-    assert second.label_counts["impressions"]["trained"] == 3 * NUM_USERS
+    assert second.label_counts["impressions"]["with_outcome"] == 3 * NUM_USERS
     assert second.label_counts["impressions"]["late_impression"] == 0
     assert second.label_counts["outcomes"]["late_outcome"] == NUM_USERS
     assert shop.shown_examples == 2 * trained
@@ -133,6 +133,11 @@ def test_a_request_of_the_evening_is_trained_on_the_day_after_once_and_for_all(s
     assert shop.shown_examples == 2 * trained
     for commit in shop.commits:
         assert sum(commit.row_counts.values()) == commit.num_rows
+        requests = commit.label_counts["requests"]
+        assert requests["held_out"] > 0 or sum(requests.values()) == 1
+    assert sum(c.label_counts["requests"]["trained"] for c in shop.commits) == sum(
+        len(part.user) for part in shop.trained
+    )
 
 
 def test_an_event_in_a_days_and_an_hours_partition_is_one_event(shop: Shop) -> None:

@@ -24,6 +24,7 @@ from tests.shop import impression, no_histories, outcome, outcomes, user
 
 ALICE, BOB = user(1), user(2)
 HOUR = 3600.0
+LONG_MEMORY = LabelConfig(attribution_window_s=2 * HOUR, late_window_s=1000 * HOUR)
 CONFIG = LabelConfig(attribution_window_s=2 * HOUR, late_window_s=24 * HOUR)
 Row = dict[str, Any]
 
@@ -100,6 +101,13 @@ class TestAttribution:
     def test_position_is_kept(self) -> None:
         assert run(PAGE, horizon=10 * HOUR).mature["position"].to_list() == [1, 2, 3]
 
+    def test_the_window_of_a_request_begins_with_its_first_impression(self) -> None:
+        later = impression(ALICE, 5, 2 * HOUR)
+        events = [click(ALICE, 5, 3 * HOUR), click(ALICE, 5, 3 * HOUR + 1, event_id="late")]
+        result = run([*PAGE, later], events, horizon=3 * HOUR)
+        assert went(result.impressions) == {"with_outcome": 4}
+        assert went(result.outcomes) == {"attributed": 1, "late_outcome": 1}
+
     def test_an_item_shown_twice_in_one_request_is_one_impression(self) -> None:
         again = impression(ALICE, 1, HOUR + 1, position=9)
         result = run([*PAGE, again], horizon=10 * HOUR)
@@ -115,7 +123,7 @@ class TestMaturity:
         assert went(early.outcomes) == {"waiting": 1}
         mature = run(before=early.waiting, horizon=3 * HOUR)
         assert gains(mature) == [(0, 0.0), (1, 1.0), (2, 0.0)]
-        assert went(mature.impressions) == {"trained": 3}
+        assert went(mature.impressions) == {"with_outcome": 3}
 
     def test_an_outcome_of_a_later_update_still_counts_for_what_waits(self) -> None:
         early = run(PAGE, horizon=2 * HOUR)
@@ -151,9 +159,15 @@ class TestLateOutcomes:
 
     def test_a_request_is_forgotten_after_the_late_window(self) -> None:
         first = run(PAGE, horizon=4 * HOUR)
-        kept = run(before=first.waiting, horizon=24 * HOUR)
-        gone = run(before=first.waiting, horizon=26 * HOUR)
+        kept = run(before=first.waiting, horizon=27 * HOUR)
+        gone = run(before=first.waiting, horizon=28 * HOUR)
         assert (len(kept.waiting.closed), len(gone.waiting.closed)) == (1, 0)
+
+    def test_it_is_remembered_from_when_it_was_trained_on_however_old_it_was(self) -> None:
+        first = run(PAGE, horizon=1000 * HOUR)
+        again = run(PAGE, [click(ALICE, 1, 2 * HOUR)], before=first.waiting, horizon=1010 * HOUR)
+        assert went(again.impressions) == {"late_impression": 3}
+        assert went(again.outcomes) == {"late_outcome": 1}
 
     def test_a_weight_makes_up_for_what_comes_too_late(self) -> None:
         config = LabelConfig(late_outcomes="weight", late_fraction=0.2)
@@ -224,12 +238,15 @@ def events_of(stream: Sequence[tuple[str, int, int, bool, int]]) -> tuple[list[R
     return list(pages.values()), clicks
 
 
-def over_updates(pages: list[Row], clicks: list[Row], ends: list[float]) -> list[Labelled]:
-    """Each update reads what happened up to its end, and nothing twice."""
+def over_updates(
+    pages: list[Row], clicks: list[Row], ends: list[float], *, again: bool = False
+) -> list[Labelled]:
+    """Each update reads what happened up to its end; `again` reads all earlier impressions too."""
     results, waiting, start = [], Waiting.nothing(), -1.0
     for end in [*ends, 100 * HOUR]:
-        part = [[row for row in rows if start < row["ts"] <= end] for rows in (pages, clicks)]
-        results.append(run(*part, horizon=end, before=waiting))
+        shown = [row for row in pages if (again or start < row["ts"]) and row["ts"] <= end]
+        part = shown, [row for row in clicks if start < row["ts"] <= end]
+        results.append(run(*part, horizon=end, before=waiting, config=LONG_MEMORY))
         waiting, start = results[-1].waiting, end
     return results
 
@@ -252,10 +269,20 @@ def test_however_the_stream_is_split_each_impression_is_trained_on_once_with_the
     assert trained(split) == trained(at_once)
     assert set(trained(split).values()) <= {1}
     assert sum(trained(split).values()) == len(pages)
+    assert trained(over_updates(pages, clicks, ends, again=True)) == trained(split)
+
+
+def test_a_request_that_is_sent_again_would_be_trained_on_twice_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = [impression(ALICE, 1, HOUR)]
+    assert set(trained(over_updates(pages, [], [4 * HOUR], again=True)).values()) == {1}
+    monkeypatch.setattr(labels, "_closed", lambda before, *rest: before)
+    assert set(trained(over_updates(pages, [], [4 * HOUR], again=True)).values()) == {2}
 
 
 def test_a_request_that_is_not_remembered_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The negative control: what waits is forgotten, or what was trained on is.
+    # The negative control: what waits is forgotten.
     pages = [impression(ALICE, 1, HOUR)]
     assert len(trained(over_updates(pages, [], [HOUR]))) == 1
     monkeypatch.setattr(labels, "_open_requests", _without_memory)

@@ -32,7 +32,7 @@ def split(
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
     return split_events(
         pl.DataFrame(list(rows), schema=CLEAN_SCHEMA),
-        seen=pl.DataFrame(seen or [], schema=SEEN_SCHEMA, orient="row"),
+        seen=pl.DataFrame([(*s, 0) for s in seen or []], schema=SEEN_SCHEMA, orient="row"),
         item_ids=("i0", "i1"),
         gains=gains,
         ends=[10.0, 20.0],
@@ -59,6 +59,12 @@ def test_an_event_of_an_earlier_update_does_not_count_again() -> None:
     found, _, went = split(row(), row(event_id="e2"), seen=[("a", "e1"), ("b", "e2")])
     assert found["event_id"].to_list() == ["e2"]
     assert went["seen_before"] == 1
+
+
+def test_an_event_id_of_another_day_is_another_event_in_this_update_and_in_an_earlier_one() -> None:
+    found, _, went = split(row(), row(ts=90_000.0), row(ts=90_001.0), seen=[("a", "e1")])
+    assert found["ts"].to_list() == [90_000.0]
+    assert (went["seen_before"], went["duplicate"]) == (1, 1)
 
 
 def test_an_event_id_of_another_user_takes_no_row_away() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import secrets
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,7 @@ from raysys.errors import (
     ReplayMismatchError,
     UnknownVersionError,
 )
+from raysys.ingest.features import DAY_S
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest, released_path
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids
@@ -34,14 +36,13 @@ from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.scorer import Head
 from raysys.partitions.discover import changed
+from raysys.partitions.layout import REPLAYS
 from raysys.privacy.plan import PrivacyPlan
 from raysys.registry.recipe import Recipe, installed_libraries
 from raysys.registry.store import VersionWeights, load_weights, read_checked, text_indexes
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
 from raysys.train.trainer import TrainOutput, train
-
-REPLAYS = "replays"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,9 @@ def replay(
         if found != recipe.libraries.get(name):
             on_progress(f"{name} is {found} here, it was {recipe.libraries.get(name)} then")
     start_ray()
-    work = Root(f"{root.uri}/{REPLAYS}/{commit.update_id}-{secrets.token_hex(3)}")
+    _delete_abandoned(root)
+    name = f"{int(time.time())}-{commit.update_id}-{secrets.token_hex(3)}"
+    work = Root(f"{root.uri}/{REPLAYS}/{name}")
     try:
         ingested = _ingest(root, work, state, started, commit, recipe, then)
         _compare_examples(commit, ingested)
@@ -100,6 +103,14 @@ def replay(
         num_shards=ingested.num_shards,
         weights=with_weights,
     )
+
+
+def _delete_abandoned(root: Root) -> None:
+    """Deletes what killed replays left: none takes a day."""
+    for name in root.list_folders(REPLAYS):
+        began = name.partition("-")[0]
+        if began.isdigit() and int(began) < time.time() - DAY_S:
+            root.delete_prefix(f"{REPLAYS}/{name}")
 
 
 def _find(log: Log, version: str) -> tuple[State, UpdateStarted, UpdateCommitted]:

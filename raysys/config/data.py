@@ -146,6 +146,8 @@ class IngestConfig:
     """Negatives from the user's own history, uniform."""
     num_popularity_negatives: int = 16
     """Negatives by noised popularity to the power 0.75."""
+    num_category_negatives: int = 0
+    """Negatives uniform over the items in the categories of the positives: harder ones."""
     num_uniform_negatives: int = 12
     """Negatives uniform over the catalogue."""
     holdout_fraction: float = 0.2
@@ -173,6 +175,7 @@ class IngestConfig:
         check(self, "ingest", AT_LEAST_1, "task_bytes", "shard_bytes")
         check(self, "ingest", POSITIVE, "cpus_per_task")
         check(self, "ingest", NOT_NEGATIVE, "num_history_negatives", "num_popularity_negatives")
+        check(self, "ingest", NOT_NEGATIVE, "num_category_negatives")
         check(self, "ingest", FRACTION, "holdout_fraction")
         check(self, "ingest", POSITIVE, "half_life_days")
         gains = dict(self.gains)

@@ -236,7 +236,9 @@ def _examples(requests: pl.DataFrame, lookup: Histories, settings: ShardSettings
     out.user[:] = requests["user"].rle_id().to_numpy()
     periods = period_of(requests["ts"].to_numpy(), timeline.ends)
     samplers = {
-        period: NegativeSampler.from_popularity(timeline.at(period).popularity, settings.ingest)
+        period: NegativeSampler.of(
+            timeline.popularity[period], timeline.after.category, settings.ingest
+        )
         for period in set(periods.tolist())
     }
     for row, request in enumerate(requests.iter_rows(named=True)):

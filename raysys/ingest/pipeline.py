@@ -118,8 +118,8 @@ class Ingested:
     column_counts: dict[str, int]
     """Rows by what happened to a column, for example `cast:price`; of item files `items:cast:…`."""
     label_counts: dict[str, dict[str, int]]
-    """`impressions` and `outcomes`, the rows that waited included, and the `requests` that they make:
-    where each of them went."""
+    """`impressions` and `outcomes`, the rows that waited included, and the `requests` that they
+    make: where each of them went."""
     example_hashes: dict[str, str]
     """Path of each shard's examples -> sha256, by which a replay is checked."""
     quarantined_files: dict[str, str]

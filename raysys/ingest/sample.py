@@ -1,6 +1,7 @@
-"""Candidates of a training example: the positives, and negatives from three public-or-own sources.
+"""Candidates of a training example: the positives, and negatives from public or own sources.
 
-    own history (uniform) + noised popularity ** 0.75 + uniform -> candidates, log Q for each
+    own history + noised popularity ** 0.75 + categories of the positives + uniform
+        -> candidates, log Q for each
 
 Popularity is the noised, released one and history is the user's own, so no other user's behaviour
 enters an example except through what is already paid for. Drawn items are made distinct, so
@@ -31,16 +32,23 @@ class NegativeSampler:
     probability: NDArray[np.float64]
     """(N,) of the popularity draw; uniform where no popularity is known yet."""
     cumulative: NDArray[np.float64]
+    category: IndexArray
+    """(N,) codes; -1 where the shop gave none."""
     config: IngestConfig
 
     @classmethod
-    def from_popularity(cls, popularity: FloatArray, config: IngestConfig) -> NegativeSampler:
+    def of(
+        cls, popularity: FloatArray, category: IndexArray, config: IngestConfig
+    ) -> NegativeSampler:
         """Builds the sampler for one released popularity, (N,), never negative."""
         weight = popularity.astype(np.float64) ** POPULARITY_POWER
         if weight.sum() == 0:
             weight = np.ones_like(weight)
         probability = weight / weight.sum()
-        return cls(probability=probability, cumulative=np.cumsum(probability), config=config)
+        return cls(
+            probability=probability, cumulative=np.cumsum(probability), category=category,
+            config=config,
+        )  # fmt: skip
 
     def candidates(
         self,
@@ -61,17 +69,32 @@ class NegativeSampler:
         draws = rng.random(config.num_popularity_negatives)
         popular = np.minimum(np.searchsorted(self.cumulative, draws), num_items - 1)
         uniform = rng.integers(num_items, size=config.num_uniform_negatives)
-        drawn = np.unique(np.concatenate([own, popular, uniform]).astype(np.int32))
+        alike = self._alike(positives)
+        num_alike = config.num_category_negatives if len(alike) else 0
+        similar = alike[rng.integers(max(len(alike), 1), size=num_alike)]
+        drawn = np.unique(np.concatenate([own, popular, similar, uniform]).astype(np.int32))
         negatives = np.setdiff1d(drawn, also_chosen)
         candidates = np.concatenate([positives, negatives]).astype(np.int32)
-        return candidates, self._log_q(candidates, history_items)
+        return candidates, self._log_q(candidates, history_items, alike)
 
-    def _log_q(self, candidates: IndexArray, history_items: IndexArray) -> FloatArray:
+    def _alike(self, positives: IndexArray) -> IndexArray:
+        """Returns the items in the categories of the positives."""
+        if not self.config.num_category_negatives:
+            return np.zeros(0, np.int32)
+        known = np.setdiff1d(self.category[positives], [-1])
+        return np.flatnonzero(np.isin(self.category, known)).astype(np.int32)
+
+    def _log_q(
+        self, candidates: IndexArray, history_items: IndexArray, alike: IndexArray
+    ) -> FloatArray:
         config, num_items = self.config, len(self.probability)
         share = min(1.0, config.num_history_negatives / max(len(history_items), 1))
         missed = 1 - np.isin(candidates, history_items) * share
         missed *= (1 - self.probability[candidates]) ** config.num_popularity_negatives
         missed *= (1 - 1 / num_items) ** config.num_uniform_negatives
+        if len(alike):
+            of_category = np.isin(candidates, alike) / len(alike)
+            missed *= (1 - of_category) ** config.num_category_negatives
         log_q: FloatArray = np.log(1 - missed).astype(np.float32)
         return log_q
 
@@ -87,5 +110,6 @@ def max_candidates(config: IngestConfig) -> int:
         config.max_positives
         + config.num_history_negatives
         + config.num_popularity_negatives
+        + config.num_category_negatives
         + config.num_uniform_negatives
     )

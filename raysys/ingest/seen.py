@@ -4,8 +4,8 @@
     rows of a later update -> read_seen() -> the events of those days that earlier updates read
 
 Each update writes the events that it read, once, and a later one reads the days that its own rows
-fall into, so both cost as much as the increment. An event is told by user, `event_id` and the day of
-its time, UTC: one that is sent again with another day's time is another event, within an update too.
+fall into, so both cost as much as the increment. An event is told by user, `event_id` and the day
+of its time, UTC: one that comes again with another day's time is another event, in one update too.
 """
 
 from __future__ import annotations

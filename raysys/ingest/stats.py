@@ -90,8 +90,8 @@ class ItemState:
         """
         popular = self.popularity > SIGNIFICANT * self.popularity_std
         moving = popular | (self.recent > SIGNIFICANT * self.recent_std)
-        days = max(self.recent_days, 1.0)
-        average = self.popularity / max(self.num_days, 1.0)
+        days = self.recent_days or 1.0
+        average = self.popularity / (self.num_days or 1.0)
         prior = (self.recent_std + 1.0) / days
         ratio = (np.maximum(self.recent / days, 0) + prior) / (np.maximum(average, 0) + prior)
         return (
@@ -198,20 +198,38 @@ def release(
         as_of = max(last.as_of, period.end)
         decay = float(np.exp2(-(as_of - last.as_of) / state.half_life_s))
         aged = float(np.exp2(-(as_of - period.end) / state.half_life_s))
-        is_newest = as_of == period.end
         states.append(
             dataclasses.replace(
                 last,
                 popularity=last.popularity * decay + counts * aged,
                 popularity_std=float(np.hypot(last.popularity_std * decay, noise_std * aged)),
-                recent=counts if is_newest else last.recent,
-                recent_std=noise_std if is_newest else last.recent_std,
-                recent_days=period.num_days if is_newest else last.recent_days,
-                num_days=last.num_days * decay + period.num_days * aged,
                 as_of=as_of,
+                **_recent(last, counts, period, noise_std),
             )
         )
     return states
+
+
+def _recent(
+    last: ItemState, counts: NDArray[np.float64], period: Period, noise_std: float
+) -> dict[str, Any]:
+    """Returns what the newest period is now, and over how many days the counts are."""
+    decay = float(np.exp2(-max(period.end - last.as_of, 0) / last.half_life_s))
+    aged = float(np.exp2(-max(last.as_of - period.end, 0) / last.half_life_s))
+    if period.end > last.as_of:
+        return {
+            "recent": counts, "recent_std": noise_std, "recent_days": period.num_days,
+            "num_days": last.num_days * decay + period.num_days,
+        }  # fmt: skip
+    if period.end == last.as_of:
+        # More of the same days came late: their counts join, the days do not count twice.
+        more = max(period.num_days - last.recent_days, 0.0)
+        return {
+            "recent": last.recent + counts,
+            "recent_std": float(np.hypot(last.recent_std, noise_std)),
+            "recent_days": last.recent_days + more, "num_days": last.num_days + more,
+        }  # fmt: skip
+    return {"num_days": last.num_days + period.num_days * aged}
 
 
 def save_item_state(root: Root, update_id: str, state: ItemState) -> None:

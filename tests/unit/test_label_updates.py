@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from raysys import update
 from raysys.config import Config, load_config
+from raysys.errors import EmptyPlanError, PartitionChangedError
 from raysys.ingest.example_set import ExampleSet
-from raysys.ingest.pipeline import examples_path
+from raysys.ingest.pipeline import examples_path, released_path
 from raysys.ingest.shard_state import load_histories
+from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.storage import Root
@@ -109,8 +113,8 @@ def test_a_request_of_the_evening_is_trained_on_the_day_after_once_and_for_all(s
     shop.write(DAYS[0], [*morning, *evening, *clicks])
     first = shop.update()
     assert first.label_counts["impressions"] == {
-        "with_outcome": 3 * NUM_USERS, "waiting": 3 * NUM_USERS, "without_outcome": 0, "repeated": 0,
-        "late_impression": 0,
+        "with_outcome": 3 * NUM_USERS, "waiting": 3 * NUM_USERS, "without_outcome": 0,
+        "repeated": 0, "late_impression": 0,
     }  # fmt: skip
     trained = shop.shown_examples
     assert 0 < trained <= NUM_USERS
@@ -177,3 +181,60 @@ def test_the_examples_of_an_update_are_those_whose_hashes_it_committed(shop: Sho
     found = [hashlib.sha256(part.to_bytes()).hexdigest() for part in shop.trained]
     assert list(commit.example_hashes.values()) == found
     assert len(found) == 2
+
+
+class TestPrivacyOfCounts:
+    """That the caps and the noise that are charged are those that the graph applies."""
+
+    def released(self, shop: Shop, **changes: Any) -> np.ndarray[Any, Any]:
+        rows = [
+            event(n, f"i{item:02}", at(DAYS[0], 5), f"r{item}", "purchase")
+            for n in range(NUM_USERS)
+            for item in range(8)
+        ]
+        shop.write(DAYS[0], rows)
+        shop.config = dataclasses.replace(shop.config, **changes)
+        commit = shop.update()
+        data = shop.root.read_bytes(released_path(commit.update_id))
+        counts: np.ndarray[Any, Any] = np.load(io.BytesIO(data))
+        return counts
+
+    def test_noise_of_the_charged_size_is_on_every_count(self, shop: Shop) -> None:
+        counts = self.released(shop)
+        true = np.zeros(counts.shape[1])
+        true[:8] = NUM_USERS
+        privacy, cap = shop.config.privacy, shop.config.ingest.max_items_per_user_period
+        std = privacy.count_noise_multiplier * np.sqrt(cap)
+        noise = counts[0] - true
+        assert len(noise) == 40
+        # 40 draws: their deviation is off by more than half once in a million runs.
+        assert 0.5 * std < noise.std() < 1.5 * std
+
+    def test_a_user_moves_no_more_counts_than_the_cap(self, shop: Shop) -> None:
+        ingest = dataclasses.replace(shop.config.ingest, max_items_per_user_period=3)
+        public = dataclasses.replace(shop.config.privacy, enabled=False)
+        counts = self.released(shop, ingest=ingest, privacy=public)
+        assert counts.sum() == 3 * NUM_USERS and counts.max() <= NUM_USERS
+
+
+def test_a_file_without_rows_costs_nothing(shop: Shop) -> None:
+    shop.write(DAYS[0], [event(0, "i01", at(DAYS[0], 5), "r", "purchase")])
+    frame = pl.DataFrame(schema={k: EVENT_SCHEMA[k] for k in EVENT_SCHEMA})
+    shop.root.put(f"events/dt={DAYS[1]}/a.parquet", to_parquet(frame))
+    with pytest.raises(PartitionChangedError, match=f"events/dt={DAYS[1]} holds no data"):
+        shop.update()
+    assert Log(shop.root).refresh().sequence == 0
+    shop.config = _replaced(shop.config, empty_partitions="reprocess")
+    first = shop.update()
+    assert [p.key for p in first.partitions] == [f"events/dt={DAYS[0]}"]
+    assert first.watermark == DAYS[0]
+    for outcome in ("reprocess", "quarantine"):
+        shop.config = _replaced(shop.config, empty_partitions=outcome)
+        with pytest.raises(EmptyPlanError, match="holds no rows, and nothing else is new"):
+            shop.update()
+    assert len(Log(shop.root).refresh().spends) == 1
+    shop.write(DAYS[2], [event(0, "i02", at(DAYS[2], 5), "s", "purchase")])
+    second = shop.update()
+    assert [(aside.kind, aside.path) for aside in second.set_aside] == [
+        ("empty", f"events/dt={DAYS[1]}")
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 from pathlib import Path
@@ -11,6 +12,9 @@ import polars as pl
 import pytest
 
 from raysys.config import Config, IngestConfig, PseudonymConfig
+from raysys.errors import PartitionChangedError
+from raysys.ingest import clean_task
+from raysys.ingest import read as reading
 from raysys.ingest.clean import CLEAN_COLUMNS
 from raysys.ingest.pipeline import IngestJob, _clean
 from raysys.ingest.pseudonym import Pseudonymizer
@@ -131,3 +135,48 @@ def test_a_task_that_is_run_again_writes_the_same(job: IngestJob) -> None:
 
     first = clean(job), written()
     assert (clean(job), written()) == first
+
+
+def test_a_file_that_is_corrupt_at_its_end_leaves_nothing_of_its_beginning(
+    job: IngestJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clean_task, "PART_ROWS", 10)
+    monkeypatch.setattr(reading.iter_events, "__kwdefaults__", {"batch_rows": 10})
+    rows = pl.DataFrame([event(f"e{i}", item_id="i" if i % 3 else "") for i in range(100)])
+    buffer = io.BytesIO()
+    rows.write_parquet(buffer, row_group_size=10, compression="uncompressed")
+    data = bytearray(buffer.getvalue())
+    half = len(data) * 2 // 3
+    data[half : half + 400] = b"\xff" * 400
+    job.root.delete_prefix("events")
+    job.root.put("events/dt=2017-03-01/z.parquet", bytes(data))
+    broken = dataclasses.replace(job, partitions=discover(job.root).partitions)
+    done = clean(broken)
+    assert list(done["bad_files"]) == ["events/dt=2017-03-01/z.parquet"]
+    assert (done["num_rows"], done["paths"], done["row_counts"]) == (0, [], {})
+    assert job.root.list("staging") == [] and job.root.list("quarantine") == []
+
+
+@pytest.mark.parametrize("change", ["gone", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_fails_the_update(
+    job: IngestJob, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = job.partitions[0].files[0].path
+    honest = clean_task.iter_events
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        yield from honest(*args, **options)
+        job.root.delete_prefix(path)
+        if change == "rewritten":
+            job.root.put(path, parquet(event("e9"), event("e10"), event("e11")))
+
+    monkeypatch.setattr(clean_task, "iter_events", meanwhile)
+    with pytest.raises(PartitionChangedError, match=path):
+        clean(job)
+
+
+def test_a_file_that_is_gone_before_it_is_read_is_no_bug_of_ours(job: IngestJob) -> None:
+    path = job.partitions[0].files[0].path
+    job.root.delete_prefix(path)
+    with pytest.raises(PartitionChangedError, match=f"{path} vanished"):
+        clean(job)

@@ -27,7 +27,9 @@ def sampler(
     config = IngestConfig(
         num_history_negatives=own, num_popularity_negatives=popular, num_uniform_negatives=uniform
     )
-    return NegativeSampler.from_popularity(popularity.astype(np.float32), config)
+    return NegativeSampler.of(
+        popularity.astype(np.float32), np.arange(len(popularity), dtype=np.int32) // 4, config
+    )
 
 
 def draw(
@@ -157,3 +159,39 @@ class TestCandidates:
     def test_a_catalogue_of_one_item_leaves_only_the_positive(self) -> None:
         one = np.array([0], np.int32)
         assert draw(sampler(np.ones(1)), positives=one, history=one) == ([0], [0.0])
+
+
+class TestCategoryNegatives:
+    """Items 0-3, 4-7, … are of one category."""
+
+    def sampler(self, num: int) -> NegativeSampler:
+        config = IngestConfig(
+            num_history_negatives=0, num_popularity_negatives=0, num_uniform_negatives=1,
+            num_category_negatives=num,
+        )  # fmt: skip
+        category = np.arange(40, dtype=np.int32) // 4
+        category[36:] = -1
+        return NegativeSampler.of(np.ones(40, np.float32), category, config)
+
+    def draw(self, num: int, positive: int, seed: int) -> tuple[set[int], dict[int, float]]:
+        positives, none = np.array([positive], np.int32), np.zeros(0, np.int32)
+        rng = np.random.default_rng(seed)
+        found, log_q = self.sampler(num).candidates(positives, positives, none, rng)
+        return set(found.tolist()) - {positive}, dict(zip(found.tolist(), log_q, strict=True))
+
+    def test_they_come_from_the_categories_of_the_positives(self) -> None:
+        near = [len(self.draw(30, 5, seed)[0] & {4, 6, 7}) for seed in range(20)]
+        far = [len(self.draw(0, 5, seed)[0] & {4, 6, 7}) for seed in range(20)]
+        assert np.mean(near) > 2.9 and np.mean(far) < 0.5
+
+    def test_an_item_without_a_category_shares_none(self) -> None:
+        assert all(len(self.draw(30, 37, seed)[0]) <= 1 for seed in range(20))
+
+    def test_log_q_is_how_often_an_item_is_drawn(self) -> None:
+        drawn = np.zeros(40)
+        for seed in range(4000):
+            items, log_q = self.draw(2, 5, seed)
+            drawn[list(items)] += 1 / 4000
+        assert np.exp(log_q[5]) == pytest.approx(drawn[6], abs=0.03)
+        assert drawn[6] == pytest.approx(1 - (3 / 4) ** 2 * (39 / 40), abs=0.03)
+        assert drawn[20] == pytest.approx(1 / 40, abs=0.01)

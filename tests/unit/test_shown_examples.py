@@ -212,3 +212,29 @@ def test_a_user_who_leaves_changes_nothing_of_the_others() -> None:
     among = over_days([*mine, *theirs], events, [1, 2, 9], labels=labels)
     kept = [r for r in rows(among) if 2 in r["candidates"][:1]]
     assert kept == alone != []
+
+
+def test_an_impression_keeps_what_was_public_in_its_own_period_of_an_update() -> None:
+    tables = [
+        item_table(NUM_ITEMS, popularity=[level] * NUM_ITEMS, as_of=at * DAY_S)
+        for level, at in ((10.0, 0), (500.0, 1), (900.0, 2))
+    ]
+    both = settings(start=0.0, end=2 * DAY_S, labels=LabelConfig(attribution_window_s=3600.0))
+    both = dataclasses.replace(both, timeline=timeline(tables, [DAY_S, 2 * DAY_S]))
+    shown = [*page(0.5, [0, 1]), *page(1.5, [0, 1], request_id="b")]
+    events = [click(0, 0.51), {**click(1, 1.51), "request_id": "b"}]
+    result = build_shard(outcomes(events), impressions(shown), ShardState.nothing(), both)
+    found = result.examples.features[:, 0, FEATURE_NAMES.index("popularity")]
+    expected = [
+        np.log1p(table.published(np.array([0], np.int32), at * DAY_S).popularity[0]) / 4
+        for table, at in zip(tables, (0.5, 1.5), strict=False)
+    ]
+    assert found == pytest.approx(expected)
+
+
+def test_a_request_of_several_pages_is_seen_as_of_its_first() -> None:
+    shown = [*page(1.5, [0, 1]), *page(1.6, [2, 3])]
+    events = [click(0, 1.55, event_id="first"), click(3, 1.65, event_id="second")]
+    (one,) = shown_rows(over_days(shown, events, [9]))
+    assert bought(one) == set()
+    assert sum(gain > 0 for gain in one["gains"]) == 2

@@ -164,6 +164,20 @@ class TestRelease:
         assert late.recent.tolist() == in_time.recent.tolist()
         assert late.num_days == pytest.approx(in_time.num_days)
 
+    def test_hours_of_constant_sales_have_no_trend(self) -> None:
+        hours = [Period(end=(h + 1) * 3600.0, num_days=1 / 24) for h in range(24 * 30)]
+        counts = np.full((len(hours), 2), 50.0)
+        last = release(state(), counts, hours, noise_std=0.0)[-1]
+        assert np.abs(last.statistics()[1]).max() < 0.1
+
+    def test_a_late_file_of_the_newest_days_joins_them(self) -> None:
+        counts = np.array([[50.0, 50.0], [50.0, 50.0]])
+        last = release(state(), counts, days(DAY_S, 2 * DAY_S), noise_std=0.0)[-1]
+        late = release(last, np.array([[1.0, 0.0]]), days(2 * DAY_S), noise_std=2.0)[-1]
+        assert late.recent.tolist() == [51.0, 50.0]
+        assert (late.recent_days, late.num_days) == (1.0, last.num_days)
+        assert late.recent_std == 2.0
+
     def test_a_trend_compares_sales_a_day_not_periods_of_different_length(self) -> None:
         steady = [Period(end=7 * DAY_S, num_days=7.0), Period(end=8 * DAY_S, num_days=1.0)]
         counts = np.array([[700.0, 700.0], [100.0, 300.0]])

@@ -51,6 +51,9 @@ def main() -> int:
         f"[import] {report.num_written:,} rows written, {report.num_present:,} were there already, "
         f"{report.num_without_query:,} without their query"
     )
+    if not report.num_written + report.num_present:
+        print("raysys: no line became a row; the counts above say why", file=sys.stderr)
+        return 1
     return 0
 
 

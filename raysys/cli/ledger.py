@@ -16,7 +16,7 @@ from raysys.errors import LedgerCorruptError, UnknownRecordError
 from raysys.ledger.explain import explain
 from raysys.ledger.log import Log
 from raysys.ledger.reader import record_path
-from raysys.ledger.records import RECORD_TYPES, Entry, decode
+from raysys.ledger.records import RECORD_TYPES, Entry, LeaseRenewed, decode
 from raysys.ledger.verify import verify as verify_ledger
 from raysys.storage import Root
 
@@ -38,13 +38,16 @@ def list_records(
     type_: Annotated[
         str | None, typer.Option("--type", help=f"Only one of {', '.join(RECORD_TYPES)}.")
     ] = None,
+    heartbeats: Annotated[
+        bool, typer.Option(help="Also the LeaseRenewed records, of which each update has many.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the records, each with a sentence that explains it."""
     if type_ is not None and type_ not in RECORD_TYPES:
         raise typer.BadParameter(f"expected one of {', '.join(RECORD_TYPES)}", param_hint="--type")
     shop, log = open_shop(config)
-    found, damage = _matching(log, last, update, type_)
+    found, damage = _matching(log, last, update, type_, heartbeats=heartbeats)
     if damage is None or not as_json:
         records = [_record_json(entry) for entry in found]
         header = ["record", "time", "type", "meaning"]
@@ -74,6 +77,8 @@ def show(
         body = None
     if isinstance(body, dict):
         print_result(body, as_json, json.dumps(body, indent=2).splitlines())
+    elif not as_json:
+        typer.echo(data.decode(errors="backslashreplace"))
     decode(data, sequence=sequence)
 
 
@@ -94,15 +99,18 @@ def verify(config: ConfigOption, as_json: JsonOption = False) -> None:
 
 
 def _matching(
-    log: Log, last: int | None, update: str | None, type_: str | None
+    log: Log, last: int | None, update: str | None, type_: str | None, *, heartbeats: bool
 ) -> tuple[list[Entry], LedgerCorruptError | None]:
     """Returns the entries asked for, and what ended the reading early."""
-    is_filtered = update is not None or type_ is not None
+    beat = LeaseRenewed.__name__
+    hidden = None if heartbeats or type_ == beat else beat
+    is_filtered = update is not None or type_ is not None or hidden is not None
     after = 0 if last is None or is_filtered else max(0, log.refresh().sequence - last)
     found: list[Entry] = []
     try:
         for entry in log.entries(after):
-            is_type = type_ in (None, type(entry.record).__name__)
+            name = type(entry.record).__name__
+            is_type = type_ in (None, name) and name != hidden
             if is_type and update in (None, _update_id(entry)):
                 found.append(entry)
     except LedgerCorruptError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from raysys.config import Config, IngestConfig, PseudonymConfig
@@ -144,14 +145,21 @@ def test_a_file_that_is_corrupt_at_its_end_leaves_nothing_of_its_beginning(
     monkeypatch.setattr(reading.iter_events, "__kwdefaults__", {"batch_rows": 10})
     rows = pl.DataFrame([event(f"e{i}", item_id="i" if i % 3 else "") for i in range(100)])
     buffer = io.BytesIO()
-    rows.write_parquet(buffer, row_group_size=10, compression="uncompressed")
+    pq.write_table(rows.to_arrow(), buffer, row_group_size=10, write_page_checksum=True)
     data = bytearray(buffer.getvalue())
-    half = len(data) * 2 // 3
-    data[half : half + 400] = b"\xff" * 400
+    last = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(9).column(0)
+    page = last.data_page_offset + last.total_compressed_size // 2
+    data[page : page + 8] = bytes(255 - byte for byte in data[page : page + 8])
     job.root.delete_prefix("events")
     job.root.put("events/dt=2017-03-01/z.parquet", bytes(data))
     broken = dataclasses.replace(job, partitions=discover(job.root).partitions)
+    written: list[str] = []
+    put = Root.put
+    monkeypatch.setattr(
+        Root, "put", lambda root, path, data: (written.append(path), put(root, path, data))
+    )
     done = clean(broken)
+    assert len(written) > 3, "much of it was written before the end was read"
     assert list(done["bad_files"]) == ["events/dt=2017-03-01/z.parquet"]
     assert (done["num_rows"], done["paths"], done["row_counts"]) == (0, [], {})
     assert job.root.list("staging") == [] and job.root.list("quarantine") == []

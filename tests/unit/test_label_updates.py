@@ -18,7 +18,7 @@ from raysys import update
 from raysys.config import Config, load_config
 from raysys.errors import EmptyPlanError, PartitionChangedError
 from raysys.ingest.example_set import ExampleSet
-from raysys.ingest.pipeline import examples_path, released_path
+from raysys.ingest.pipeline import cases_path, examples_path, released_path
 from raysys.ingest.shard_state import load_histories
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
@@ -64,6 +64,7 @@ class Shop:
         self.root, self.config, self.steps = root, config, steps
         self.commits: list[UpdateCommitted] = []
         self.trained: list[ExampleSet] = []
+        self.cases: list[pl.DataFrame] = []
 
     def write(self, folder: str, rows: list[dict[str, Any]], name: str = "a.parquet") -> None:
         frame = pl.DataFrame(rows, schema={k: EVENT_SCHEMA[k] for k in rows[0]})
@@ -77,6 +78,8 @@ class Shop:
             for shard in range(num_shards):
                 data = self.root.read_bytes(examples_path(update_id, shard))
                 kept.append(ExampleSet.from_bytes(data))
+                cases = self.root.read_bytes(cases_path(update_id, shard))
+                self.cases.append(pl.read_parquet(io.BytesIO(cases)))
             return train(job, texts, update_id=update_id, **rest)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -215,6 +218,17 @@ class TestPrivacyOfCounts:
         public = dataclasses.replace(shop.config.privacy, enabled=False)
         counts = self.released(shop, ingest=ingest, privacy=public)
         assert counts.sum() == 3 * NUM_USERS and counts.max() <= NUM_USERS
+
+
+def test_before_and_after_are_compared_on_the_newest_day(shop: Shop) -> None:
+    for day in DAYS[:2]:
+        rows = [event(n, "i01", at(day, 5), f"r{day}", "purchase") for n in range(NUM_USERS)]
+        shop.write(day, rows)
+    assert shop.config.evaluate.window_days == 1
+    shop.update()
+    cases = pl.concat(shop.cases)
+    assert set(cases["now"]) == {at(DAYS[1], 0).timestamp()}
+    assert set(cases["items"].list.len()) == {1}
 
 
 def test_a_file_without_rows_costs_nothing(shop: Shop) -> None:

@@ -310,6 +310,8 @@ def test_every_impression_and_every_outcome_is_counted_where_it_went(
         num_pages, num_clicks = (
             sum(start < row["ts"] <= end for row in rows) for rows in (pages, clicks)
         )
+        assert set(result.impressions) == set(labels.IMPRESSION_FATES)
+        assert set(result.outcomes) == set(labels.OUTCOME_FATES)
         assert sum(result.impressions.values()) == waited + num_pages
         assert sum(result.outcomes.values()) == num_clicks
         waited = result.impressions["waiting"]

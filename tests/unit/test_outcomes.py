@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.ingest.clean import CLEAN_SCHEMA
-from raysys.ingest.outcomes import split_events
+from raysys.ingest.outcomes import EVENT_FATES, split_events
 from raysys.ingest.periods import period_of
 from raysys.ingest.seen import SEEN_SCHEMA
 
@@ -105,6 +105,7 @@ def test_the_counts_add_up_to_the_rows(
     rows: list[dict[str, Any]], seen: list[tuple[str, str]]
 ) -> None:
     found, shown, went = split(*rows, seen=seen)
+    assert set(went) == set(EVENT_FATES)
     assert sum(went.values()) == len(rows)
     assert (went["outcome"], went["impression"]) == (len(found), len(shown))
     kept = found.select("user", "event_id")

@@ -32,7 +32,9 @@ def ingested(**changes: Any) -> Any:
 
 class TestExamples:
     def test_the_same_pass(self) -> None:
-        replay._compare_examples(COMMIT, ingested())
+        again = ingested()
+        assert again.example_hashes == COMMIT.example_hashes
+        replay._compare_examples(COMMIT, again)
 
     @pytest.mark.parametrize(
         ("changes", "named"),
@@ -62,7 +64,9 @@ class TestWeights:
         return SimpleNamespace(head=head, merged_weight=weights.adapted_weight.copy())
 
     def test_the_same_pass(self, weights: VersionWeights, local_root: Root) -> None:
-        replay._compare_weights(local_root, COMMIT, self.trained(weights))
+        again = self.trained(weights)
+        assert again.merged_weight is not weights.adapted_weight
+        replay._compare_weights(local_root, COMMIT, again)
 
     def test_one_bit_of_any_is_named(self, weights: VersionWeights, local_root: Root) -> None:
         for name in (*weights.head.weights, "encoder"):

@@ -2,10 +2,11 @@
 
     update:   UpdateStarted -> LeaseRenewed* -> UpdateCommitted | UpdateAbandoned
     rotation: UpdateStarted of no partition -> LeaseRenewed* -> PseudonymsRotated | UpdateAbandoned
+    private:  StepsPermitted* beside the renewals, each before the steps that it permits
     rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
 
-Every record carries `schema_version`; an older one still reads. Since version 2 it ends with a hash
-of itself (`seal.py`) and carries that of the record before it as `prev`, so that a record that was
+Every record carries `schema_version`; an older one still reads. Version 3 added spends that name
+disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and carries that of the record before it as `prev`, so that a record that was
 changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys and paths are
 relative to the root.
 """
@@ -22,7 +23,7 @@ from raysys.errors import LedgerCorruptError
 from raysys.ledger.codec import Reviver, class_reviver
 from raysys.ledger.seal import broken_seal, digest, seal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Verdict = Literal["passed", "held"]
 RolloutPhase = Literal["canary", "promoted", "rolled_back"]
@@ -71,6 +72,42 @@ class SetAside:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UserGroup:
+    """Some of the users: those of one index in a scheme that splits all of them for good."""
+
+    scheme: str
+    """Names the split, its number of parts and the key of the pseudonyms that it hashes. Groups of
+    one scheme are disjoint, so their spends compose in parallel; of two schemes they may overlap."""
+    index: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionSpend:
+    """Trials of which one is released, with its noised score and nothing else."""
+
+    method: Literal["repeat", "compose"]
+    """`repeat`: a random number of i.i.d. trials (Papernot and Steinke 2021). `compose`: a fixed
+    number, each charged in full."""
+    num_steps: int
+    """Of each trial."""
+    sampling_prob: float
+    noise_multiplier: float
+    """The least that a trial may have: it dominates the others at every order."""
+    score_noise_multiplier: float
+    """Standard deviation of the noise in a trial's score over the score's L2 sensitivity."""
+    num_trials: int
+    """`compose`: how many. `repeat`: 0, since the number is drawn and never told."""
+    mean_trials: float
+    """`repeat`: mean of the truncated negative binomial. `compose`: `num_trials`."""
+    shape: float
+    """`repeat`: 0 logarithmic, 1 geometric. `compose`: 0."""
+    delta: float
+    """`repeat`: at which its Renyi bound is turned into (epsilon, delta). `compose`: 0."""
+    group: UserGroup | None = None
+    """The users that the trials read; None for all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacySpend:
     """The mechanisms of one update, as the accountant sees them. Unit: a user, added or removed."""
 
@@ -81,6 +118,12 @@ class PrivacySpend:
     num_count_releases: int
     """Releases of noised item counts, each a Gaussian mechanism."""
     count_noise_multiplier: float
+    num_evaluations: int = 0
+    """Releases of noised evaluation sums, each a Gaussian mechanism."""
+    evaluation_noise_multiplier: float = 1.0
+    group: UserGroup | None = None
+    """The users that the steps read; None for all. Counts and evaluations are charged to all."""
+    selection: SelectionSpend | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +158,23 @@ class LeaseRenewed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepsPermitted:
+    """Private steps may run from now on. Appended before they do, so none runs uncharged.
+
+    It is refused once the update has ended, so a process that was given up for dead stops.
+    """
+
+    update_id: str
+    num_steps: int
+    """All steps of the update that may have run by the next permit, repeated ones included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateAbandoned:
-    """The update will never commit. Its partitions are free again, its reservation stays spent."""
+    """The update will never commit. Its partitions are free again.
+
+    It stays charged for its releases and for the steps that were permitted.
+    """
 
     update_id: str
     reason: str
@@ -206,6 +264,7 @@ class RolloutChanged:
 Record = (
     UpdateStarted
     | LeaseRenewed
+    | StepsPermitted
     | UpdateAbandoned
     | UpdateCommitted
     | PseudonymsRotated

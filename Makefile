@@ -29,11 +29,12 @@ demo: setup ## The whole loop on a year of a real shop's purchases, on this mach
 serve: setup ## Serve what `make demo` trained, to play with
 	@$(BIN)/python demo/serve.py
 
-test: lint types layers ## Everything that CI runs
-	$(BIN)/python -m pytest
+test: check ## Everything that CI runs
+	$(BIN)/python -m pytest tests/cluster
 
+# Unit tests share nothing, so each core takes its files; one cluster serves all cluster tests.
 check: lint types layers ## Lint, types, layers and unit tests, without a Ray cluster
-	$(BIN)/python -m pytest tests/unit raysys
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/unit raysys
 
 lint: setup
 	$(BIN)/ruff check .

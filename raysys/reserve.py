@@ -96,6 +96,7 @@ def _spend(config: Config, partitions: Sequence[PartitionRef], *, first: bool) -
         config.privacy,
         num_steps=train.bootstrap_num_steps if first else train.num_steps,
         num_count_releases=len(periods_of(partitions, config.ingest.period_days)),
+        evaluate=config.evaluate,
     )
 
 

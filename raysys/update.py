@@ -132,7 +132,10 @@ def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
     """Returns the mechanisms of an update, known before any of its data is read."""
     spend = planned_spend(config, plan)
     return PrivacyPlan.for_update(
-        config.privacy, num_steps=spend.num_steps, num_count_releases=spend.num_count_releases
+        config.privacy,
+        num_steps=spend.num_steps,
+        num_count_releases=spend.num_count_releases,
+        evaluate=config.evaluate,
     )
 
 

@@ -246,6 +246,8 @@ def _train(
         text_of_item=text_of_item,
         seed=run.started.seed,
     )
+    if run.started.permits_steps:
+        run.lease.permit(run.privacy.spend.num_steps)
     return train(
         job, texts, root=run.root, cache=run.root, update_id=run.update_id,
         num_shards=ingested.num_shards,

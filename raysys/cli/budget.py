@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import is_private, print_result, privacy_lines, table
 
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Say what the guarantee covers, and what it does not.")
+]
 
-def budget(config: ConfigOption, as_json: JsonOption = False) -> None:
+
+def budget(
+    config: ConfigOption, as_json: JsonOption = False, explain: ExplainOption = False
+) -> None:
     """Show the privacy spent by each update and what is left."""
+    if explain:
+        return _explain(config, as_json=as_json)
     from raysys.privacy.budget import report_budget
 
     shop, log = open_shop(config)
@@ -35,6 +47,15 @@ def budget(config: ConfigOption, as_json: JsonOption = False) -> None:
             *privacy_lines(state, shop),
         ],
     )
+
+
+def _explain(config: Path, *, as_json: bool) -> None:
+    from raysys.privacy.statement import build_statement
+
+    shop, log = open_shop(config)
+    statement = build_statement(log.refresh(), shop)
+    body = {**dataclasses.asdict(statement), "summary": statement.summary}
+    print_result(body, as_json, statement.lines())
 
 
 def _more_updates(updates_left: int | None) -> str:

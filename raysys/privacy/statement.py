@@ -165,7 +165,10 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
         "replicas only"
     )
     yield "the catalogue (items/), which counts as public"
-    yield "which partitions and files there are, how large, when, and whether they could be read"
+    yield (
+        "which partitions and files there are, how large, when, and whether they could be read: a "
+        "value that makes a file unreadable takes the file's other rows with it"
+    )
     yield (
         "exact numbers of rows and users: num_rows, num_users, row_counts, column_counts and "
         "label_counts of the ledger, the report and an update's progress"
@@ -186,7 +189,10 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
         yield "number and timing of a selection's trials, for who watches the cluster meanwhile"
     yield "how long an update takes, and what logs, dashboards, staging/ and quarantine/ show of it"
     yield _constants(config)
-    yield "the noise is floating-point Gaussian from a generator that is not cryptographic"
+    yield (
+        "arithmetic: the noise is floating-point Gaussian from a generator that is not "
+        "cryptographic, and the last digits of a sum depend on who shares a batch"
+    )
 
 
 def _constants(config: Config) -> str:

@@ -292,5 +292,5 @@ def test_item_cut_offs_come_from_noised_counts_alone(worlds: Worlds) -> None:
 def test_cut_offs_of_counts_without_noise_are_caught(
     worlds: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "noise_counts", lambda counts, std: counts)
+    monkeypatch.setattr(pipeline, "_count_noise_std", lambda job: 0.0)
     assert any(what.startswith("item statistics") for what in changed(*worlds(None)))

@@ -22,7 +22,7 @@ from raysys.config import Config
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
-from raysys.evaluate.report import privacy_statement, render_report
+from raysys.evaluate.report import render_report
 from raysys.ingest.features import IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
@@ -39,10 +39,11 @@ from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging
 from raysys.partitions.orphans import delete_orphans
 from raysys.partitions.plan import UpdatePlan
-from raysys.privacy.accounting import ACCOUNTANT, statement
+from raysys.privacy.accounting import statement
 from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.kept import keep
 from raysys.privacy.plan import PrivacyPlan
+from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
@@ -301,14 +302,6 @@ def _publish(
 
 def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison) -> str:
     partitions = run.plan.partitions
-    statement = privacy_statement(
-        # One update without privacy anywhere in the model's life voids the statement.
-        private=run.started.private and all(update.private for update in run.state.committed),
-        epsilon_spent=spent_epsilon(run.state, run.config.privacy.delta, run.root),
-        epsilon_total=run.config.privacy.epsilon_total,
-        delta=run.config.privacy.delta,
-        accountant=ACCOUNTANT,
-    )
     return render_report(
         title=f"Version {version}",
         facts={
@@ -323,7 +316,7 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "steps": run.privacy.spend.num_steps,
         },
         metrics=dataclasses.asdict(comparison),
-        statement=statement,
+        statement=build_statement(run.state, run.config),
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import is_private, print_result, privacy_lines, table
@@ -17,9 +20,17 @@ _HEADER = [
     "epsilon so far",
 ]  # fmt: skip
 
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Say what the guarantee covers, and what it does not.")
+]
 
-def budget(config: ConfigOption, as_json: JsonOption = False) -> None:
+
+def budget(
+    config: ConfigOption, as_json: JsonOption = False, explain: ExplainOption = False
+) -> None:
     """Show the privacy spent by each update and what is left."""
+    if explain:
+        return _explain(config, as_json=as_json)
     from raysys.privacy.budget import report_budget
 
     shop, log = open_shop(config)
@@ -60,6 +71,15 @@ def _row(spend: UpdateSpend, state: State) -> list[str]:
         f"{spend.epsilon_alone:.3f}",
         f"{spend.epsilon_cumulative:.3f}",
     ]
+
+
+def _explain(config: Path, *, as_json: bool) -> None:
+    from raysys.privacy.statement import build_statement
+
+    shop, log = open_shop(config)
+    statement = build_statement(log.refresh(), shop)
+    body = {**dataclasses.asdict(statement), "summary": statement.summary}
+    print_result(body, as_json, statement.lines())
 
 
 def _more_updates(updates_left: int | None) -> str:

@@ -10,7 +10,6 @@ from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import active_json, active_lines, print_result, table
 from raysys.config import Config
 from raysys.errors import ConfigError, RaysysError
-from raysys.evaluate.report import NOT_PRIVATE
 from raysys.ledger.records import PartitionRef, PrivacySpend
 from raysys.ledger.state import State
 from raysys.partitions.plan import UpdatePlan
@@ -152,6 +151,8 @@ def _spend_lines(shop: Config, spend: PrivacySpend, expected: Forecast | None) -
     if spend.num_evaluations:
         what += f" and {spend.num_evaluations} of evaluations"
     if expected is None:
+        from raysys.privacy.statement import NOT_PRIVATE
+
         return [f"trains     {what}", NOT_PRIVATE]
     return [
         f"spends     {what}: epsilon {expected.epsilon_alone:.3f} alone, from "

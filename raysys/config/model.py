@@ -107,17 +107,33 @@ class PrivacyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What before and after are compared on."""
+    """What before and after are compared on, and whether the figures are released with noise."""
 
     window_days: int = 7
     """The newest days of an update, scored before they are trained on."""
     max_users: int = 2000
-    """Users scored, chosen at random beyond that."""
+    """Users scored beyond whom the others are left out. Not used with `private`: where there is a
+    cap, one user who comes pushes out another, and moves the figures by both."""
     num_bootstrap: int = 1000
-    """Resamples of users behind each interval."""
+    """Resamples of users behind each interval. Not used with `private`."""
+    private: bool = False
+    """Whether figures and verdict are part of the guarantee: noise is added before anything leaves,
+    and each update is charged for it. Exact figures are then nowhere. Needs `privacy.enabled`."""
+    noise_multiplier: float = 5.0
+    """With `private`: standard deviation of the noise over what one user can move, in L2 norm. 5
+    suits 240 held-out users; ten times the users bear ten times the noise."""
+    max_difference: float = 0.1
+    """With `private`: a user's change of NDCG@10 and of AUC is clipped to plus and minus this. The
+    gate sees clipped changes: a larger one is counted as this much."""
+    sample_fraction: float = 1.0
+    """With `private`: share of users that are scored, each drawn apart from all others."""
 
     def __post_init__(self) -> None:
         check(self, "evaluate", AT_LEAST_1, "window_days", "max_users", "num_bootstrap")
+        check(self, "evaluate", POSITIVE, "noise_multiplier")
+        for name in ("max_difference", "sample_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"evaluate.{name}", value, "a fraction in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

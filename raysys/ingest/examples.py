@@ -143,7 +143,7 @@ def build_shard(
     lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
-        cases=build_cases(window, lookup, settings.window_start, held_out),
+        cases=build_cases(window, lookup, settings.window_start, held_out, seed=settings.seed),
         state=_state_after(before, labelled, held_out, settings),
         num_users=outcomes["user"].n_unique(),
         impressions=labelled.impressions,

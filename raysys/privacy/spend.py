@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from raysys.config import DEFAULT_NOISE_MULTIPLIER, Config, PrivacyConfig
+from raysys.config import DEFAULT_NOISE_MULTIPLIER, Config, EvaluateConfig, PrivacyConfig
 from raysys.ingest.groups import cohort_group
 from raysys.ledger.records import PrivacySpend, UserGroup
 
@@ -22,21 +22,26 @@ def mechanisms(
     num_steps: int,
     num_count_releases: int,
     noise_multiplier: float | None = None,
+    evaluate: EvaluateConfig | None = None,
     group: UserGroup | None = None,
 ) -> PrivacySpend:
     """Returns the mechanisms of an update as the accountant sees them.
 
     Args:
       noise_multiplier: What `privacy.calibrate` makes of a horizon; else the config's own.
+      evaluate: How its figures are released; None if they are not.
       group: Whom the steps read; None for everyone.
     """
     noise = noise_multiplier if noise_multiplier is not None else config.noise_multiplier
+    is_released = evaluate is not None and evaluate.private
     return PrivacySpend(
         num_steps=num_steps,
         sampling_prob=config.sampling_prob,
         noise_multiplier=DEFAULT_NOISE_MULTIPLIER if noise is None else noise,
         num_count_releases=num_count_releases,
         count_noise_multiplier=config.count_noise_multiplier,
+        num_evaluations=int(is_released),
+        evaluation_noise_multiplier=evaluate.noise_multiplier if evaluate and is_released else 1.0,
         group=group,
     )
 
@@ -60,6 +65,7 @@ def update_spend(
         num_steps=train.bootstrap_num_steps if first else train.num_steps,
         num_count_releases=num_count_releases,
         noise_multiplier=noise_multiplier,
+        evaluate=config.evaluate,
         group=group,
     )
 

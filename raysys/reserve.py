@@ -25,6 +25,9 @@ from raysys.privacy.budget import check_reservation
 from raysys.privacy.spend import mechanisms
 from raysys.storage import Root
 
+Charge = Callable[[State, PrivacySpend, str], PrivacySpend]
+"""State, what a plain update would spend, id of the newest user key -> what this one reserves."""
+
 
 class Planner:
     """Plans on the newest state, and lists the root anew only where that is needed.
@@ -116,9 +119,18 @@ def check_catalogue(plan: UpdatePlan, reason: str | None = None) -> None:
 
 
 def reserve(
-    state: State, plan: UpdatePlan, config: Config, *, keys: Pseudonymizer, owner: str
+    state: State,
+    plan: UpdatePlan,
+    config: Config,
+    *,
+    keys: Pseudonymizer,
+    owner: str,
+    charge: Charge = lambda state, spend, key_id: spend,
 ) -> UpdateStarted:
     """Decides, on the state that directly precedes the record, what the update takes.
+
+    Args:
+      charge: Returns what is reserved, given what a plain update would spend.
 
     Raises:
       ConfigError: The newest key is not the state's.
@@ -128,6 +140,7 @@ def reserve(
     spend = planned_spend(config, plan)
     private = config.privacy.enabled
     if private:
+        spend = charge(state, spend, keys.key_id)
         check_reservation(state, [spend], config.privacy)
     update_id = state.next_update_id()
     digest = hashlib.sha256(f"{config.ingest.seed} {update_id}".encode()).digest()

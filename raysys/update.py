@@ -220,6 +220,8 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
     _list_set_aside(run, ingested)
     run.lease.check()
     ready = _prepare(run, ingested)
+    if run.started.permits_steps and run.started.reserved is not None:
+        run.lease.permit(run.started.reserved.num_steps)
     outcome = strategy.train(ready)
     trained = outcome.output
     run = dataclasses.replace(run, config=outcome.config)

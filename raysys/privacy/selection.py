@@ -23,11 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from raysys.config import Config
-from raysys.ledger.records import PrivacySpend, SelectionSpend, UserGroup
+from raysys.ingest.groups import tuning_group
+from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.privacy.accounting import epsilon
-
-_TRIED, _TRAINED = 0, 1
-"""The two groups of users under `tune.method: shard`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +76,7 @@ def _spend(
 ) -> PrivacySpend:
     tune, repeat = config.tune, method == "repeat"
     sharded = tune.method == "shard"
-    scheme = f"tuning/{tune.shard_fraction:g}/{key_id}"
+    tried = tuning_group(tune.shard_fraction, key_id) if sharded else update.group
     noise = least_noise_multiplier(config)
     num_trials = math.ceil(tune.mean_trials)
     selection = SelectionSpend(
@@ -91,14 +89,16 @@ def _spend(
         mean_trials=tune.mean_trials if repeat else float(num_trials),
         shape=tune.shape if repeat else 0.0,
         delta=tune.delta_fraction * config.privacy.delta if repeat else 0.0,
-        group=UserGroup(scheme=scheme, index=_TRIED) if sharded else update.group,
+        group=tried,
     )
     return dataclasses.replace(
         update,
         # The best trial's weights are the release, unless they came from a share of the users.
         num_steps=update.num_steps if sharded else 0,
         noise_multiplier=noise,
-        group=UserGroup(scheme=scheme, index=_TRAINED) if sharded else update.group,
+        group=(
+            tuning_group(tune.shard_fraction, key_id, tuned_on=False) if sharded else update.group
+        ),
         selection=selection,
     )
 

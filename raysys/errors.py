@@ -11,6 +11,7 @@
     │   ├── BudgetExhaustedError      the update would spend more privacy than is left
     │   ├── DataError                 no usable rows, or a column of the wrong kind
     │   ├── PrivacyError              a step would not have the guarantee that it reports
+    │   ├── TrialError                a trial failed, and with it the selection
     │   ├── ArtifactError             a version's file is missing or has another hash
     │   ├── ReplayMismatchError       a replay came out differently
     │   ├── UnknownVersionError       no version of that name was committed
@@ -77,6 +78,10 @@ class DataError(Terminal, ValueError):
 
 class PrivacyError(Terminal):
     """A step would not have the guarantee that it reports."""
+
+
+class TrialError(Terminal):
+    """A trial failed, and with it the selection: to drop it would be a choice by the data."""
 
 
 class ArtifactError(Terminal):

@@ -47,8 +47,7 @@ class TuneConfig:
     """Mean number of trials. A fixed number of trials is this, rounded up."""
     shape: float = 0.0
     """Of the random number's distribution, a truncated negative binomial: 0 logarithmic, 1
-    geometric; towards a Poisson above. The lower, the cheaper and the more often there is one trial
-    alone."""
+    geometric. The lower, the cheaper, and the more often there are only one or two trials."""
     score_noise_multiplier: float = 10.0
     """Standard deviation of the noise in a trial's score, the sum of NDCG@10 over held-out users,
     of which one user can add 1."""

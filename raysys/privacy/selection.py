@@ -1,7 +1,7 @@
 """Which trials a selection runs and what they cost, decided before any data is read. Pure.
 
     Config, the update's spend, earlier spends -> plan_selection() -> .spend, reserved in the ledger
-    SelectionSpend -> draw_num_trials() and draw_values() -> train.tune, which runs them
+    SelectionSpend -> draw_num_trials(), draw_values(), noise_score() -> train.tune, which runs them
 
 `repeat` draws the number of trials from a truncated negative binomial, runs each on hyperparameters
 drawn independently, and releases the best one alone. That costs two to three times a single trial
@@ -22,7 +22,10 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from raysys.config import Config
+from raysys.errors import ConfigError
 from raysys.ingest.groups import tuning_group
 from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.privacy.accounting import epsilon
@@ -43,6 +46,19 @@ class SelectionPlan:
         """The trials."""
         assert self.spend.selection is not None
         return self.spend.selection
+
+
+def check_space(config: Config) -> None:
+    """Refuses a selection among nothing.
+
+    Raises:
+      ConfigError: `tune.space` is empty.
+    """
+    if not config.tune.space:
+        raise ConfigError(
+            "tune.space: expected values to choose from, for example `train.learning_rate: "
+            "[2.0e-4, 5.0e-4]`, got none"
+        )
 
 
 def plan_selection(
@@ -129,6 +145,11 @@ def draw_num_trials(selection: SelectionSpend, rng: random.Random) -> int:
         if uniform < 0 or (num > selection.mean_trials and probability < 1e-18):
             return num
     raise AssertionError("the distribution has no end")
+
+
+def noise_score(total: float, selection: SelectionSpend) -> float:
+    """Returns a score of L2 sensitivity 1 with its noise, from the operating system's entropy."""
+    return total + float(np.random.default_rng().normal(0.0, selection.score_noise_multiplier))
 
 
 def num_trials_quantile(mean: float, shape: float, fraction: float) -> int:

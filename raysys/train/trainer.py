@@ -84,7 +84,7 @@ def train(
     result = trainer.fit()
     assert result.checkpoint is not None, "rank 0 reports a checkpoint or raises"
     with result.checkpoint.as_directory() as folder:
-        return _read_output(Path(folder))
+        return read_output(Path(folder))
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -112,11 +112,12 @@ def _worker(config: dict[str, Any]) -> None:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as directory:
-        _write_output(Path(directory), trained, encoder=job.model.encoder)
+        write_output(Path(directory), trained, encoder=job.model.encoder)
         ray.train.report({"num_steps": num_steps}, checkpoint=Checkpoint.from_directory(directory))
 
 
-def _write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
+def write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
+    """Writes what the driver needs, and nothing else that depends on single users."""
     save_file(
         {k: np.ascontiguousarray(v) for k, v in trained.head.weights.items()},
         folder / "head.safetensors",
@@ -136,7 +137,8 @@ def _write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
     (folder / "output.json").write_text(json.dumps(output))
 
 
-def _read_output(folder: Path) -> TrainOutput:
+def read_output(folder: Path) -> TrainOutput:
+    """Reads what `write_output` wrote."""
     arrays = load_file(folder / "arrays.safetensors")
     adapter = [file for file in (folder / "adapter").iterdir() if file.name.startswith("adapter_")]
     return TrainOutput(

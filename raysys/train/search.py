@@ -1,0 +1,77 @@
+"""Ray Tune's schedulers and searches, as the config names them. Only without privacy.
+
+    TuneConfig -> space_of(), scheduler_of(), search_of() -> ray.tune.Tuner -> values_of()
+
+Ray Tune sees each value as its place in the list: lists of layers are no number, and what stands
+beside a value in the list is what is near to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from raysys.config import TuneConfig
+from raysys.errors import ConfigError
+
+NUM_LOOKS = 4
+"""How often a scheduler looks at a trial's score, its end included."""
+
+
+def space_of(space: Mapping[str, Sequence[object]]) -> dict[str, Any]:
+    """Returns Ray Tune's search space."""
+    return {key: tune.choice(range(len(values))) for key, values in space.items()}
+
+
+def values_of(
+    places: Mapping[str, int], space: Mapping[str, Sequence[object]]
+) -> dict[str, object]:
+    """Returns the values of which Ray Tune chose the places."""
+    return {key: values[places[key]] for key, values in space.items()}
+
+
+def look_every(num_steps: int) -> int:
+    """Returns the steps between two looks at a trial's score."""
+    return max(num_steps // NUM_LOOKS, 1)
+
+
+def scheduler_of(config: TuneConfig, num_steps: int) -> TrialScheduler | None:
+    """Returns the scheduler; None for Ray Tune's own, first in first out."""
+    interval = look_every(num_steps)
+    if config.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="step", max_t=num_steps, grace_period=interval, reduction_factor=2
+        )
+    if config.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=interval,
+            hyperparam_mutations={k: list(range(len(v))) for k, v in config.space.items()},
+        )
+    return None
+
+
+def search_of(config: TuneConfig, seed: int) -> Any:
+    """Returns the search algorithm.
+
+    Raises:
+      ConfigError: It needs a package that is not installed.
+    """
+    if config.search == "random":
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        return BasicVariantGenerator(random_state=seed, max_concurrent=config.max_concurrent)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        search: Searcher = OptunaSearch(metric="score", mode="max", seed=seed)
+    except (ImportError, AssertionError) as error:
+        raise ConfigError(
+            "tune.search: expected 'random', or Optuna beside 'bayesian': install "
+            "'raysys[bayesian]', got 'bayesian'"
+        ) from error
+    return ConcurrencyLimiter(search, max_concurrent=config.max_concurrent)

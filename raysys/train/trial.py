@@ -1,0 +1,109 @@
+"""One trial of a selection: trains with its own hyperparameters and scores itself.
+
+    Trials, values -> run_trial() -> (TrainOutput, score)
+
+It runs in one process, on all users that trials may read, whatever `train.num_workers` says: trials
+beside each other use a cluster better than workers of one trial would. Under privacy the score gets
+its noise here, before it leaves the process that computed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from raysys.config import Config, with_values
+from raysys.ingest.example_set import ExampleSet
+from raysys.ingest.features import FloatArray, IndexArray
+from raysys.ingest.pipeline import examples_path
+from raysys.ledger.records import SelectionSpend
+from raysys.model.encoder import cache_folder, load_cached
+from raysys.model.scorer import Head
+from raysys.privacy.plan import PrivacyPlan
+from raysys.privacy.selection import noise_score
+from raysys.storage import Root
+from raysys.train.loop import TrainJob, train_on_shards
+from raysys.train.trainer import TrainOutput, read_output, write_output
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Trials:
+    """What all trials of a selection share."""
+
+    config: Config
+    selection: SelectionSpend | None
+    """None without privacy."""
+    num_steps: int
+    head: Head
+    """Of the previous version."""
+    adapted_weight: FloatArray | None
+    texts: list[str]
+    text_of_item: IndexArray
+    seed: int
+    root: Root
+    update_id: str
+    num_shards: int
+    score: Callable[[Head, FloatArray], float]
+    """From a trial's head and text embeddings, of L2 sensitivity 1: a user adds between 0 and 1."""
+
+    def config_of(self, values: Mapping[str, object]) -> Config:
+        """Returns the config of a trial."""
+        return with_values(self.config, values)
+
+    def job(self, values: Mapping[str, object]) -> TrainJob:
+        """Returns the job of a trial."""
+        config = self.config_of(values)
+        plan = PrivacyPlan.for_update(
+            config.privacy, num_steps=self.num_steps, num_count_releases=0
+        )
+        assert self.selection is None or plan.spend.noise_multiplier >= (
+            self.selection.noise_multiplier
+        ), "the least noise of the space is what is charged"
+        return TrainJob.of(
+            config,
+            plan,
+            head=self.head,
+            adapted_weight=self.adapted_weight,
+            text_of_item=self.text_of_item,
+            seed=self.seed,
+        )
+
+
+def run_trial(trials: Trials, values: Mapping[str, object]) -> tuple[TrainOutput, float]:
+    """Runs a trial of these hyperparameters. Sensitive, score included, unless it is the best one.
+
+    Raises:
+      RaysysError: Training failed, as its subclass says.
+    """
+    job = trials.job(values)
+    shards = [
+        ExampleSet.from_bytes(trials.root.read_bytes(examples_path(trials.update_id, shard)))
+        for shard in range(trials.num_shards)
+    ]
+    folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    activations = load_cached(trials.root, folder).select(trials.texts)
+    with _group_of_one():
+        trained = train_on_shards(
+            job, shards, activations, num_workers=1, on_step=lambda step: None
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        write_output(Path(directory), trained, encoder=job.model.encoder)
+        output = read_output(Path(directory))
+    score = trials.score(output.head, output.text_after)
+    return output, score if trials.selection is None else noise_score(score, trials.selection)
+
+
+@contextmanager
+def _group_of_one() -> Iterator[None]:
+    """The group that the loop needs, of this process alone."""
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

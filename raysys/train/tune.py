@@ -1,0 +1,157 @@
+"""Runs the trials of a selection on Ray Tune and brings the best one back.
+
+    Trials -> select() -> Winner
+
+Under privacy the number of trials and their hyperparameters are drawn before the first one starts;
+all run to their end whatever they come to, with no clock and no look at each other; and nothing
+about them goes through Ray Tune, which only starts them: what they try and what they find passes
+between them and the driver's `Vault`. Without privacy Ray Tune's schedulers and searches choose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray import tune
+
+from raysys.errors import RaysysError
+from raysys.privacy.selection import draw_num_trials, draw_values
+from raysys.train.hush import Silence, hush
+from raysys.train.search import scheduler_of, search_of, space_of, values_of
+from raysys.train.trainer import TrainOutput
+from raysys.train.trial import Trials, run_trial
+from raysys.train.vault import Result, Vault
+
+VaultActor = Any
+"""Handle of the actor that is a `Vault`: Ray's own type knows its methods only in part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Winner:
+    """The best trial."""
+
+    values: Mapping[str, object]
+    output: TrainOutput
+    score: float
+    """With noise under privacy."""
+
+
+def select(trials: Trials) -> Winner:
+    """Runs all trials and returns the best.
+
+    Raises:
+      TrialError: One failed. Nothing of the others is returned.
+      ConfigError: A search needs a package that is not installed.
+    """
+    vault: VaultActor = ray.remote(Vault).options(num_cpus=0).remote()
+    try:
+        return (_select_privately if trials.selection else _select_openly)(trials, vault)
+    finally:
+        ray.kill(vault)
+
+
+def _select_privately(trials: Trials, vault: VaultActor) -> Winner:
+    assert trials.selection is not None
+    rng = random.SystemRandom()
+    num_trials = draw_num_trials(trials.selection, rng)
+    draws = [draw_values(trials.config.tune.space, rng) for _ in range(num_trials)]
+    ray.get(vault.fill.remote(draws))
+    silence = Silence()
+    try:
+        with hush():
+            tune.Tuner(
+                _trainable(_private_trial, trials, vault),
+                tune_config=tune.TuneConfig(
+                    num_samples=num_trials,
+                    max_concurrent_trials=trials.config.tune.max_concurrent,
+                    # One process runs many trials, and one folder on its disk is enough for all.
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: "trial",
+                ),
+                run_config=tune.RunConfig(
+                    name=f"selection-{trials.update_id}",
+                    storage_path="trials",
+                    storage_filesystem=silence.filesystem,
+                    callbacks=list(silence.callbacks),
+                    failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
+                    verbose=0,
+                ),
+            ).fit()
+    finally:
+        silence.forget()
+    return _winner(vault)
+
+
+def _select_openly(trials: Trials, vault: VaultActor) -> Winner:
+    config = trials.config.tune
+    search = search_of(config, trials.seed)
+    silence = Silence()
+    try:
+        tune.Tuner(
+            _trainable(_open_trial, trials, vault),
+            param_space=space_of(config.space),
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode="max",
+                num_samples=math.ceil(config.mean_trials),
+                max_concurrent_trials=None if search else config.max_concurrent,
+                search_alg=search,
+                scheduler=scheduler_of(config, trials.num_steps),
+            ),
+            run_config=tune.RunConfig(
+                name=f"selection-{trials.update_id}",
+                storage_path="trials",
+                storage_filesystem=silence.filesystem,
+                failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
+                verbose=1,
+            ),
+        ).fit()
+    finally:
+        silence.forget()
+    return _winner(vault)
+
+
+def _trainable(trial: Callable[..., None], trials: Trials, vault: VaultActor) -> Callable[..., Any]:
+    given = tune.with_parameters(trial, trials=trials, vault=vault)
+    resources = {"cpu": trials.config.tune.cpus_per_trial}
+    return tune.with_resources(given, resources)  # type: ignore[no-any-return]
+
+
+def _private_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) -> None:
+    with hush():
+        _run_one(ray.get(vault.draw.remote()), trials, vault)
+
+
+def _open_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) -> None:
+    values = values_of(config, trials.config.tune.space)
+    tune.report({"score": _run_one(values, trials, vault)})
+
+
+def _run_one(values: Mapping[str, object], trials: Trials, vault: VaultActor) -> float:
+    try:
+        output, score = run_trial(trials, values)
+    except Exception as error:
+        reason = f"{error}" if isinstance(error, RaysysError) else type(error).__name__
+        ray.get(vault.fail.remote(values, reason))
+        if trials.selection is None:
+            raise
+        # Ray Tune writes down and prints what a trial raises.
+        raise RuntimeError("a trial failed; its update says why") from None
+    result = Result(values=values, output=pickle.dumps(output), score=score)
+    ray.get(vault.offer.remote(result))
+    return score
+
+
+def _winner(vault: VaultActor) -> Winner:
+    try:
+        best: Result = ray.get(vault.winner.remote())
+    except ray.exceptions.RayTaskError as error:
+        # As the actor raised it, and not with Ray's traceback around it.
+        raise error.cause from None
+    return Winner(values=best.values, output=pickle.loads(best.output), score=best.score)

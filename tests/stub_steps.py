@@ -32,7 +32,7 @@ from raysys.registry.store import VersionWeights, hash_files, hash_state
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput
+from raysys.train.output import TrainOutput
 from tests.helpers import FakeClock
 from tests.shop import item_table
 

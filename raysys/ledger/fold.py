@@ -22,6 +22,7 @@ from raysys.ledger.records import (
     PrivacySpend,
     PseudonymsRotated,
     RolloutChanged,
+    StepsPermitted,
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
@@ -44,6 +45,8 @@ class ActiveUpdate:
     lease_expires_at: float
     renewed_in: int
     """The record that the owner wrote last: two renewals differ, even if its clock stands still."""
+    num_permitted_steps: int = 0
+    """Private steps that may have run by now."""
 
     @property
     def update_id(self) -> str:
@@ -200,6 +203,9 @@ def _change(draft: Draft, entry: Entry) -> None:
                 lease_expires_at=record.lease_expires_at,
                 renewed_in=entry.sequence,
             )
+        case StepsPermitted() as record:
+            assert draft.active is not None
+            draft.active = dataclasses.replace(draft.active, num_permitted_steps=record.num_steps)
         case UpdateAbandoned() as record:
             draft.active = None
             draft.abandoned.append(record)

@@ -73,4 +73,4 @@ def num_permitted(state: State, update_id: str) -> int:
         raise LeaseLostError(
             f"update {update_id} has ended, so no more of its steps may run; submit again"
         )
-    return state.active.num_permitted_steps
+    return state.active.permitted_steps

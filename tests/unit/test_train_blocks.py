@@ -104,7 +104,7 @@ def group(tiny_encoder: str, local_root: Root, world: None) -> Group:
 
 
 def _started(spend: PrivacySpend) -> Any:
-    return dataclasses.replace(started(UPDATE), private=True, reserved=spend)
+    return dataclasses.replace(started(UPDATE), reserved=spend, permits_steps=True)
 
 
 def test_each_block_is_permitted_before_it_runs_and_kept_after_it(group: Group) -> None:

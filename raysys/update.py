@@ -48,7 +48,8 @@ from raysys.registry.version import Manifest
 from raysys.reserve import Charge, Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 Progress = Callable[[str], None]
 
@@ -220,8 +221,6 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
     _list_set_aside(run, ingested)
     run.lease.check()
     ready = _prepare(run, ingested)
-    if run.started.permits_steps and run.started.reserved is not None:
-        run.lease.permit(run.started.reserved.num_steps)
     outcome = strategy.train(ready)
     trained = outcome.output
     run = dataclasses.replace(run, config=outcome.config)

@@ -93,7 +93,7 @@ def _spend(
     tune, repeat = config.tune, method == "repeat"
     sharded = tune.method == "shard"
     tried = tuning_group(tune.shard_fraction, key_id) if sharded else update.group
-    noise = least_noise_multiplier(config)
+    noise = least_noise_multiplier(config, update)
     num_trials = math.ceil(tune.mean_trials)
     selection = SelectionSpend(
         method=method,
@@ -119,13 +119,13 @@ def _spend(
     )
 
 
-def least_noise_multiplier(config: Config) -> float:
-    """Returns the least noise that a trial may draw.
+def least_noise_multiplier(config: Config, update: PrivacySpend) -> float:
+    """Returns the least noise that a trial may draw; that of the update where none is drawn.
 
     Its Renyi divergence is the largest at every order, so it is the per-order maximum over all
     candidates, by which a selection among candidates of unequal noise is charged.
     """
-    drawn = config.tune.space.get("privacy.noise_multiplier", (config.privacy.noise_multiplier,))
+    drawn = config.tune.space.get("privacy.noise_multiplier", (update.noise_multiplier,))
     return min(float(str(noise)) for noise in drawn)
 
 

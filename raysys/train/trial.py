@@ -28,7 +28,7 @@ from raysys.privacy.plan import PrivacyPlan
 from raysys.privacy.selection import noise_score
 from raysys.storage import Root
 from raysys.train.loop import TrainJob, train_on_shards
-from raysys.train.trainer import TrainOutput, read_output, write_output
+from raysys.train.output import TrainOutput, read_output, require_reloads, write_output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +93,7 @@ def run_trial(trials: Trials, values: Mapping[str, object]) -> tuple[TrainOutput
         )
     with tempfile.TemporaryDirectory() as directory:
         write_output(Path(directory), trained, encoder=job.model.encoder)
+        require_reloads(Path(directory), trained, job, activations)
         output = read_output(Path(directory))
     score = trials.score(output.head, output.text_after)
     return output, score if trials.selection is None else noise_score(score, trials.selection)

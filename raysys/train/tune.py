@@ -24,7 +24,7 @@ from raysys.errors import RaysysError
 from raysys.privacy.selection import draw_num_trials, draw_values
 from raysys.train.hush import Silence, hush
 from raysys.train.search import scheduler_of, search_of, space_of, values_of
-from raysys.train.trainer import TrainOutput
+from raysys.train.output import TrainOutput
 from raysys.train.trial import Trials, run_trial
 from raysys.train.vault import Result, Vault
 

@@ -25,6 +25,14 @@ TUNABLE = (
 """Keys that a trial may set. Not among them is what all trials must share for their charge to be
 known: the number of steps, the chance to take part in one, the normaliser."""
 
+_WHILE_TRAINING = (
+    "train.alpha",
+    "train.bootstrap_learning_rate",
+    "train.learning_rate",
+    "train.requests_per_step",
+)
+"""Of them, those that may change within a trial."""
+
 WHY_RANDOM = (
     "under privacy.enabled trials are charged as independent random draws; ASHA, PBT and Bayesian "
     "search choose what to try, or stop, by the scores of other trials, which nothing accounts for"
@@ -78,3 +86,10 @@ class TuneConfig:
         for key, values in self.space.items():
             require(key in TUNABLE, f"tune.space.{key}", values, f"a key of {', '.join(TUNABLE)}")
             require(len(values) > 0, f"tune.space.{key}", list(values), "at least one value")
+            require(
+                self.scheduler != "pbt" or key in _WHILE_TRAINING,
+                f"tune.space.{key}",
+                list(values),
+                f"with tune.scheduler: pbt a key of {', '.join(_WHILE_TRAINING)}: others cannot "
+                "change within a trial",
+            )

@@ -9,14 +9,18 @@ beside a value in the list is what is near to it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from safetensors.torch import load_file, save_file
 
 from raysys.config import TuneConfig
 from raysys.errors import ConfigError
+from raysys.train.checkpoint import Checkpoint
 
 NUM_LOOKS = 4
 """How often a scheduler looks at a trial's score, its end included."""
@@ -24,7 +28,7 @@ NUM_LOOKS = 4
 
 def space_of(space: Mapping[str, Sequence[object]]) -> dict[str, Any]:
     """Returns Ray Tune's search space."""
-    return {key: tune.choice(range(len(values))) for key, values in space.items()}
+    return {key: tune.choice(list(range(len(values)))) for key, values in space.items()}
 
 
 def values_of(
@@ -32,6 +36,19 @@ def values_of(
 ) -> dict[str, object]:
     """Returns the values of which Ray Tune chose the places."""
     return {key: values[places[key]] for key, values in space.items()}
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> tune.Checkpoint:
+    """Writes what a trial goes on from, perhaps another one: PBT lets a bad trial copy a good."""
+    save_file(dict(checkpoint.tensors), folder / f"{checkpoint.num_steps}.safetensors")
+    return tune.Checkpoint.from_directory(folder)  # type: ignore[return-value]
+
+
+def read_checkpoint(written: tune.Checkpoint) -> Checkpoint:
+    """Reads what `write_checkpoint` wrote."""
+    with written.as_directory() as folder:
+        (file,) = Path(folder).glob("*.safetensors")
+        return Checkpoint(num_steps=int(file.stem), tensors=load_file(file))
 
 
 def look_every(num_steps: int) -> int:
@@ -56,14 +73,13 @@ def scheduler_of(config: TuneConfig, num_steps: int) -> TrialScheduler | None:
 
 
 def search_of(config: TuneConfig, seed: int) -> Any:
-    """Returns the search algorithm.
+    """Returns the search algorithm, which draws the same for the same seed.
 
     Raises:
       ConfigError: It needs a package that is not installed.
     """
+    seed %= 2**32
     if config.search == "random":
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
         return BasicVariantGenerator(random_state=seed, max_concurrent=config.max_concurrent)
     try:
         from ray.tune.search.optuna import OptunaSearch

@@ -59,15 +59,15 @@ def train(
       RaysysError: As its subclass says.
     """
     filesystem, base = root.arrow()
-    use_gpu = _use_gpu(job.train)
+    with_gpu = use_gpu(job.train)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "job": job, "texts": texts, "root": root, "cache": cache, "update_id": update_id,
             "num_shards": num_shards,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=_scaling(job.train, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="nccl" if with_gpu else "gloo"),
+        scaling_config=_scaling(job.train, use_gpu=with_gpu),
         run_config=RunConfig(
             name="train",
             storage_path=f"{base}/{staging(update_id)}",
@@ -102,7 +102,8 @@ def _scaling(train: TrainConfig, *, use_gpu: bool) -> ScalingConfig:
     )
 
 
-def _use_gpu(train: TrainConfig) -> bool:
+def use_gpu(train: TrainConfig) -> bool:
+    """Returns whether each worker gets a GPU, on the cluster that this process is connected to."""
     if train.use_gpu != "auto":
         return train.use_gpu
     num_gpus: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]

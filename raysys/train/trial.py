@@ -1,6 +1,6 @@
 """One trial of a selection: trains with its own hyperparameters and scores itself.
 
-    Trials, values -> run_trial() -> (TrainOutput, score)
+    Trials, values -> run_trial() -> Look: output and score, once at its end, or more often
 
 It runs in one process, on all users that trials may read, whatever `train.num_workers` says: trials
 beside each other use a cluster better than workers of one trial would. Under privacy the score gets
@@ -22,12 +22,13 @@ from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.pipeline import examples_path
 from raysys.ledger.records import SelectionSpend
-from raysys.model.encoder import cache_folder, load_cached
+from raysys.model.encoder import TokenActivations, cache_folder, load_cached
 from raysys.model.scorer import Head
 from raysys.privacy.plan import PrivacyPlan
 from raysys.privacy.selection import noise_score
 from raysys.storage import Root
-from raysys.train.loop import TrainJob, train_on_shards
+from raysys.train.checkpoint import Checkpoint, Checkpoints
+from raysys.train.loop import Trained, TrainJob, train_on_shards
 from raysys.train.output import TrainOutput, read_output, require_reloads, write_output
 
 
@@ -74,29 +75,91 @@ class Trials:
         )
 
 
-def run_trial(trials: Trials, values: Mapping[str, object]) -> tuple[TrainOutput, float]:
-    """Runs a trial of these hyperparameters. Sensitive, score included, unless it is the best one.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """A trial as it stands after some of its steps. Sensitive, unless it is the best one's end."""
+
+    num_steps: int
+    output: TrainOutput
+    score: float
+    """With noise under privacy."""
+    checkpoint: Checkpoint
+    """To go on from."""
+
+
+def run_trial(
+    trials: Trials,
+    values: Mapping[str, object],
+    *,
+    every: int | None = None,
+    start: Checkpoint | None = None,
+) -> Iterator[Look]:
+    """Runs a trial of these hyperparameters.
+
+    Args:
+      every: Steps between two looks; None looks at the end alone, as it must be under privacy:
+        a look that is not charged may decide nothing.
+      start: Where to go on from.
 
     Raises:
       RaysysError: Training failed, as its subclass says.
     """
-    job = trials.job(values)
+    assert every is None or trials.selection is None, "an intermediate score is not charged"
+    job, held = trials.job(values), _Held(start)
     shards = [
         ExampleSet.from_bytes(trials.root.read_bytes(examples_path(trials.update_id, shard)))
         for shard in range(trials.num_shards)
     ]
     folder = cache_folder(job.model.encoder, job.model.max_tokens)
     activations = load_cached(trials.root, folder).select(trials.texts)
+    while held.latest() < trials.num_steps:
+        until = min(held.latest() + (every or trials.num_steps), trials.num_steps)
+        trained = _train(job, shards, activations, held, until)
+        with tempfile.TemporaryDirectory() as directory:
+            write_output(Path(directory), trained, encoder=job.model.encoder)
+            require_reloads(Path(directory), trained, job, activations)
+            output = read_output(Path(directory))
+        score = trials.score(output.head, output.text_after)
+        if trials.selection is not None:
+            score = noise_score(score, trials.selection)
+        yield Look(num_steps=until, output=output, score=score, checkpoint=held.load(held.latest()))
+
+
+def _train(
+    job: TrainJob,
+    shards: list[ExampleSet],
+    activations: TokenActivations,
+    held: _Held,
+    until: int,
+) -> Trained:
     with _group_of_one():
-        trained = train_on_shards(
-            job, shards, activations, num_workers=1, on_step=lambda step: None
+        return train_on_shards(
+            job,
+            shards,
+            activations,
+            num_workers=1,
+            on_step=lambda step: None,
+            next_steps=lambda done: range(done, until),
+            checkpoints=held,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-    with tempfile.TemporaryDirectory() as directory:
-        write_output(Path(directory), trained, encoder=job.model.encoder)
-        require_reloads(Path(directory), trained, job, activations)
-        output = read_output(Path(directory))
-    score = trials.score(output.head, output.text_after)
-    return output, score if trials.selection is None else noise_score(score, trials.selection)
+
+
+class _Held(Checkpoints):
+    """The newest checkpoint of a trial, in memory."""
+
+    def __init__(self, start: Checkpoint | None) -> None:
+        self._held = start
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self._held = checkpoint
+
+    def latest(self) -> int:
+        return self._held.num_steps if self._held else 0
+
+    def load(self, num_steps: int) -> Checkpoint:
+        assert self._held is not None and self._held.num_steps == num_steps
+        return self._held
 
 
 @contextmanager

@@ -10,22 +10,35 @@ between them and the driver's `Vault`. Without privacy Ray Tune's schedulers and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pickle
 import random
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
 from raysys.errors import RaysysError
+from raysys.partitions.layout import staging
 from raysys.privacy.selection import draw_num_trials, draw_values
 from raysys.train.hush import Silence, hush
-from raysys.train.search import scheduler_of, search_of, space_of, values_of
 from raysys.train.output import TrainOutput
-from raysys.train.trial import Trials, run_trial
+from raysys.train.search import (
+    look_every,
+    read_checkpoint,
+    scheduler_of,
+    search_of,
+    space_of,
+    values_of,
+    write_checkpoint,
+)
+from raysys.train.trainer import use_gpu
+from raysys.train.trial import Look, Trials, run_trial
 from raysys.train.vault import Result, Vault
 
 VaultActor = Any
@@ -91,51 +104,70 @@ def _select_privately(trials: Trials, vault: VaultActor) -> Winner:
 def _select_openly(trials: Trials, vault: VaultActor) -> Winner:
     config = trials.config.tune
     search = search_of(config, trials.seed)
-    silence = Silence()
-    try:
-        tune.Tuner(
-            _trainable(_open_trial, trials, vault),
-            param_space=space_of(config.space),
-            tune_config=tune.TuneConfig(
-                metric="score",
-                mode="max",
-                num_samples=math.ceil(config.mean_trials),
-                max_concurrent_trials=None if search else config.max_concurrent,
-                search_alg=search,
-                scheduler=scheduler_of(config, trials.num_steps),
-            ),
-            run_config=tune.RunConfig(
-                name=f"selection-{trials.update_id}",
-                storage_path="trials",
-                storage_filesystem=silence.filesystem,
-                failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
-                verbose=1,
-            ),
-        ).fit()
-    finally:
-        silence.forget()
+    filesystem, base = trials.root.arrow()
+    tune.Tuner(
+        _trainable(_open_trial, trials, vault),
+        param_space=space_of(config.space),
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            num_samples=math.ceil(config.mean_trials),
+            reuse_actors=True,
+            search_alg=search,
+            scheduler=scheduler_of(config, trials.num_steps),
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=f"{base}/{staging(trials.update_id)}",
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=0, fail_fast=True),
+            verbose=1,
+        ),
+    ).fit()
     return _winner(vault)
 
 
 def _trainable(trial: Callable[..., None], trials: Trials, vault: VaultActor) -> Callable[..., Any]:
     given = tune.with_parameters(trial, trials=trials, vault=vault)
-    resources = {"cpu": trials.config.tune.cpus_per_trial}
+    resources: dict[str, float] = {"cpu": trials.config.tune.cpus_per_trial}
+    if use_gpu(dataclasses.replace(trials.config.train, num_workers=1, min_workers=0)):
+        resources["gpu"] = 1
     return tune.with_resources(given, resources)  # type: ignore[no-any-return]
 
 
 def _private_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) -> None:
+    """Ray Tune gets to know that it ended, and nothing else."""
     with hush():
-        _run_one(ray.get(vault.draw.remote()), trials, vault)
+        values = ray.get(vault.draw.remote())
+        with _failing_all(trials, values, vault):
+            (end,) = run_trial(trials, values)
+            _offer(end, values, vault)
 
 
 def _open_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) -> None:
-    values = values_of(config, trials.config.tune.space)
-    tune.report({"score": _run_one(values, trials, vault)})
+    space, start = trials.config.tune.space, tune.get_checkpoint()
+    every = None if trials.config.tune.scheduler == "fifo" else look_every(trials.num_steps)
+    values = values_of(config, space)
+    with _failing_all(trials, values, vault):
+        for look in run_trial(trials, values, every=every, start=start and read_checkpoint(start)):
+            if look.num_steps == trials.num_steps:
+                _offer(look, values, vault)
+            with tempfile.TemporaryDirectory() as folder:
+                tune.report(
+                    {"score": look.score, "step": look.num_steps},
+                    checkpoint=write_checkpoint(look.checkpoint, Path(folder)),
+                )
 
 
-def _run_one(values: Mapping[str, object], trials: Trials, vault: VaultActor) -> float:
+def _offer(end: Look, values: Mapping[str, object], vault: VaultActor) -> None:
+    result = Result(values=values, output=pickle.dumps(end.output), score=end.score)
+    ray.get(vault.offer.remote(result))
+
+
+@contextlib.contextmanager
+def _failing_all(trials: Trials, values: Mapping[str, object], vault: VaultActor) -> Iterator[None]:
     try:
-        output, score = run_trial(trials, values)
+        yield
     except Exception as error:
         reason = f"{error}" if isinstance(error, RaysysError) else type(error).__name__
         ray.get(vault.fail.remote(values, reason))
@@ -143,9 +175,6 @@ def _run_one(values: Mapping[str, object], trials: Trials, vault: VaultActor) ->
             raise
         # Ray Tune writes down and prints what a trial raises.
         raise RuntimeError("a trial failed; its update says why") from None
-    result = Result(values=values, output=pickle.dumps(output), score=score)
-    ray.get(vault.offer.remote(result))
-    return score
 
 
 def _winner(vault: VaultActor) -> Winner:

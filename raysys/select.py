@@ -14,15 +14,11 @@ from collections.abc import Callable, Mapping
 import yaml
 
 from raysys.config import Config
-from raysys.evaluate.compare import Weights
-from raysys.evaluate.holdout import holdout_ndcg10_sum
-from raysys.ingest.features import FloatArray, IndexArray, ItemTable
+from raysys.evaluate.holdout import HoldoutScore
 from raysys.ledger.records import PrivacySpend, UpdateCommitted
 from raysys.ledger.state import State
-from raysys.model.scorer import Head
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.privacy.selection import check_space, plan_selection
-from raysys.storage import Root
 from raysys.train.trial import Trials
 from raysys.train.tune import select
 from raysys.update import Outcome, Progress, Ready, Strategy, run_update
@@ -74,13 +70,14 @@ def select_best(ready: Ready) -> Outcome:
         root=ready.root,
         update_id=ready.started.update_id,
         num_shards=ready.ingested.num_shards,
-        score=functools.partial(
-            _score,
+        score=HoldoutScore(
             root=ready.root,
             update_id=ready.started.update_id,
+            num_shards=ready.ingested.num_shards,
             items=ready.ingested.items_before,
             text_of_item=ready.text_of_item,
-            num_shards=ready.ingested.num_shards,
+            head=ready.head,
+            max_difference=ready.config.tune.max_difference,
         ),
     )
     best = select(trials)
@@ -89,9 +86,18 @@ def select_best(ready: Ready) -> Outcome:
         output=best.output,
         config=trials.config_of(best.values),
         selected=best.values,
-        metrics={"selection": {"holdout_ndcg10_sum": best.score, "noised": bool(selection)}},
+        metrics={"selection": _told(best.score, ready)},
         tells_time=selection is None or selection.method == "compose",
     )
+
+
+def _told(score: float, ready: Ready) -> dict[str, object]:
+    """Returns the best trial's score as it is recorded, with its noise and what that is like."""
+    tune, reserved = ready.config.tune, ready.started.reserved
+    return {
+        "holdout_ndcg10_gain_sum": score * tune.max_difference,
+        "noise_std": tune.score_noise_multiplier * tune.max_difference if reserved else 0.0,
+    }
 
 
 def _announcement(ready: Ready) -> str:
@@ -105,26 +111,6 @@ def _announcement(ready: Ready) -> str:
         else f"{selection.num_trials} trials"
     )
     return f"runs {num} (method {selection.method}); only the best one will be told of"
-
-
-def _score(
-    head: Head,
-    text: FloatArray,
-    *,
-    root: Root,
-    update_id: str,
-    items: ItemTable,
-    text_of_item: IndexArray,
-    num_shards: int,
-) -> float:
-    return holdout_ndcg10_sum(
-        Weights(head=head, text=text),
-        root=root,
-        update_id=update_id,
-        items=items,
-        text_of_item=text_of_item,
-        num_shards=num_shards,
-    )
 
 
 def fragment(values: Mapping[str, object]) -> str:

@@ -49,8 +49,8 @@ class Trials:
     root: Root
     update_id: str
     num_shards: int
-    score: Callable[[Head, FloatArray], float]
-    """From a trial's head and text embeddings, of L2 sensitivity 1: a user adds between 0 and 1."""
+    score: Callable[[TrainOutput], float]
+    """Of L2 sensitivity 1."""
 
     def config_of(self, values: Mapping[str, object]) -> Config:
         """Returns the config of a trial."""
@@ -119,7 +119,7 @@ def run_trial(
             write_output(Path(directory), trained, encoder=job.model.encoder)
             require_reloads(Path(directory), trained, job, activations)
             output = read_output(Path(directory))
-        score = trials.score(output.head, output.text_after)
+        score = trials.score(output)
         if trials.selection is not None:
             score = noise_score(score, trials.selection)
         yield Look(num_steps=until, output=output, score=score, checkpoint=held.load(held.latest()))

@@ -33,8 +33,12 @@ from raysys.privacy.composed import COARSE, Composed, Part
 from raysys.storage import Root
 
 _SCHEMA = 1
+_VERSION = importlib.metadata.version("dp-accounting")
 _NUM_FILES = 2
 """The newest, and the one before for who is just reading it."""
+
+_remembered: dict[tuple[PrivacySpend, ...], Composed] = {}
+"""Spends -> their loss, the last that this process read or wrote: an update asks several times."""
 
 _logger = logging.getLogger(__name__)
 
@@ -61,9 +65,9 @@ def keep(root: Root, state: State) -> KeptLoss | None:
     spends = [spend for _, spend, _ in ended]
     if not spends:
         return None
-    composed, num = _read(root, state.kept_loss, spends)
-    if state.kept_loss is not None and num == len(spends):
+    if state.kept_loss is not None and state.kept_loss.num_updates == len(spends):
         return state.kept_loss
+    composed, num = _read(root, state.kept_loss, spends)
     for spend in spends[num:]:
         composed = composed.plus(spend)
     data = _encode(composed, spends)
@@ -75,21 +79,36 @@ def keep(root: Root, state: State) -> KeptLoss | None:
     except RaysysError as error:
         _logger.warning("the privacy loss so far is not kept: %s", error)
         return None
+    _remember(tuple(spends), composed)
     return kept
+
+
+def forget() -> None:
+    """Forgets what was read and written, as a new process has nothing."""
+    _remembered.clear()
+
+
+def _remember(covered: tuple[PrivacySpend, ...], composed: Composed) -> Composed:
+    _remembered.clear()
+    _remembered[covered] = composed
+    return composed
 
 
 def _read(
     root: Root, kept: KeptLoss | None, spends: Sequence[PrivacySpend]
 ) -> tuple[Composed, int]:
     """Returns what is kept and of how many of `spends` it is; nothing, of none, if unusable."""
+    for known, composed in _remembered.items():
+        if known == tuple(spends[: len(known)]):
+            return composed, len(known)
     if kept is None or kept.num_updates > len(spends):
         return Composed.nothing(), 0
-    covered = spends[: kept.num_updates]
+    covered = tuple(spends[: kept.num_updates])
     try:
         data = root.read_bytes(kept.path)
         if hashlib.sha256(data).hexdigest() != kept.sha256:
             raise ValueError("its sha256 is another one")
-        return _decode(data, covered), len(covered)
+        return _remember(covered, _decode(data, covered)), len(covered)
     except (FileNotFoundError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         _logger.warning(
             "%s/%s is not used, the budget is composed from the records: %s",
@@ -102,7 +121,7 @@ def _made_from(spends: Sequence[PrivacySpend]) -> dict[str, Any]:
     """Returns what has to be equal for a file to be used."""
     return {
         "schema": _SCHEMA,
-        "dp-accounting": importlib.metadata.version("dp-accounting"),
+        "dp-accounting": _VERSION,
         "interval": COARSE,
         "spends": hashlib.sha256(to_json(list(spends)).encode()).hexdigest(),
     }

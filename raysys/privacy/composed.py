@@ -65,7 +65,9 @@ class Part:
     def plus(self, further: Sequence[Charge]) -> Part:
         """Returns the part after further charges."""
         part = Part(self._interval)
-        part.ran = self.ran + Counter({charge.event: charge.num for charge in further})
+        part.ran = Counter(self.ran)
+        for charge in further:
+            part.ran[charge.event] += charge.num
         part._before, part._further, part._loss = self, further, None
         return part
 

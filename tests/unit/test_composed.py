@@ -143,6 +143,13 @@ def test_no_user_has_lost_more_than_is_reported(spends: list[PrivacySpend]) -> N
         assert reported == pytest.approx(worst_user(spends, DELTA, COARSE), rel=2e-3, abs=1e-3)
 
 
+def test_runs_on_several_groups_at_once_add_up() -> None:
+    at_once = Composed.nothing().plus(of(0, 0), of(0, 1), of(0, 1))
+    for composed in (at_once, one_by_one([of(0, 0), of(0, 1), of(0, 1)])):
+        assert composed.everyone[None].ran.total() == 3 * 195
+        assert [part.ran.total() for part in composed.groups.values()] == [195, 2 * 195]
+
+
 def test_forgetting_the_other_schemes_would_be_noticed() -> None:
     spends = [of(0, 0), of(1, 0), of(1, 1)]
     forgotten = epsilon([of(0, 0)], DELTA)

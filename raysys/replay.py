@@ -42,7 +42,8 @@ from raysys.registry.recipe import Recipe, installed_libraries
 from raysys.registry.store import VersionWeights, load_weights, read_checked, text_indexes
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +178,7 @@ def _ingest(
         user_key_id=started.user_key_id,
         key_ids=key_ids(state.committed),
         seed=commit.seed,
+        group=commit.spent.group if commit.spent else None,
     )
     return ingest(job, commit.item_files, released=_released(root, commit))
 

@@ -22,15 +22,15 @@ from raysys.config import Config
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
-from raysys.evaluate.report import privacy_statement, render_report
-from raysys.ingest.features import IndexArray
+from raysys.evaluate.report import render_report
+from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted, UpdateStarted
+from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
@@ -39,16 +39,19 @@ from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging
 from raysys.partitions.orphans import delete_orphans
 from raysys.partitions.plan import UpdatePlan
-from raysys.privacy.accounting import ACCOUNTANT
+from raysys.privacy.accounting import statement
 from raysys.privacy.budget import spent_epsilon
+from raysys.privacy.kept import keep
 from raysys.privacy.plan import PrivacyPlan
+from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
-from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
+from raysys.reserve import Charge, Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 Progress = Callable[[str], None]
 
@@ -64,6 +67,7 @@ class _Run:
     started: UpdateStarted
     plan: UpdatePlan
     privacy: PrivacyPlan
+    """Of a plain update."""
     lease: Lease
     on_progress: Progress
     began: float
@@ -73,11 +77,77 @@ class _Run:
         return self.started.update_id
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """All that training starts from."""
+
+    config: Config
+    root: Root
+    started: UpdateStarted
+    privacy: PrivacyPlan
+    """Of a plain update."""
+    ingested: Ingested
+    head: Head
+    """Of the previous version."""
+    adapted_weight: FloatArray | None
+    texts: list[str]
+    text_of_item: IndexArray
+    on_progress: Progress
+
+    def job(self, config: Config, privacy: PrivacyPlan) -> TrainJob:
+        """Returns the job of training under this config and plan."""
+        return TrainJob.of(
+            config,
+            privacy,
+            head=self.head,
+            adapted_weight=self.adapted_weight,
+            text_of_item=self.text_of_item,
+            seed=self.started.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of training."""
+
+    output: TrainOutput
+    config: Config
+    """With which it was trained."""
+    selected: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Dotted config key -> what a selection chose."""
+    metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Of the selection, kept beside those of the comparison."""
+    tells_time: bool = True
+    """False where the time that the update took would tell what must not be told."""
+
+
+def train_once(ready: Ready) -> Outcome:
+    """Trains one model, as the config says."""
+    output = train(
+        ready.job(ready.config, ready.privacy),
+        ready.texts,
+        root=ready.root,
+        cache=ready.root,
+        update_id=ready.started.update_id,
+        num_shards=ready.ingested.num_shards,
+    )
+    return Outcome(output=output, config=ready.config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Strategy:
+    """How an update comes by its new weights, and what that is charged."""
+
+    train: Callable[[Ready], Outcome] = train_once
+    charge: Charge = lambda state, spend, key_id: spend
+
+
 def run_update(
     config: Config,
     on_progress: Progress = lambda line: None,
     start_ray: Callable[[], None] = lambda: None,
     within: PartitionRange = EVERYTHING,
+    strategy: Strategy | None = None,
 ) -> UpdateCommitted:
     """Runs one update and returns its commit record.
 
@@ -85,6 +155,7 @@ def run_update(
       start_ray: Connects to a cluster, unless the caller has done so. Called once all that can be
         refused without one is: starting Ray takes seconds.
       within: Which partitions it may look at.
+      strategy: How the new weights are made; None trains once.
 
     Raises:
       EmptyPlanError: Nothing is new.
@@ -102,38 +173,59 @@ def run_update(
     delete_orphans(root, log)
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
+    strategy = strategy or Strategy()
+
+    kept: KeptLoss | None = None
 
     def decide(state: State) -> UpdateStarted:
-        return reserve(state, planner.plan(state), config, keys=keys, owner=owner)
+        return reserve(
+            state,
+            planner.plan(state),
+            config,
+            keys=keys,
+            owner=owner,
+            charge=strategy.charge,
+            root=root,
+            kept_loss=kept,
+        )
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
         decide(state)
         _require_catalogue(root, planner.plan(state))
     start_ray()
+    if config.privacy.enabled:
+        kept = keep(root, log.refresh())
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
         started = lease.start(decide)
         plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
         state = log.refresh()
         delete_orphans(root, log)
+        if started.private:
+            _tell_epsilon(config, state, root, on_progress)
         run = _Run(
-            config=config, root=root, state=state, started=started, plan=plan,
-            privacy=plan_privacy(config, plan), lease=lease, on_progress=on_progress, began=began,
+            config=config, root=root, state=state, started=started, plan=plan, lease=lease,
+            privacy=plan_privacy(config, plan, started), on_progress=on_progress, began=began,
         )  # fmt: skip
-        record = _run(run)
+        record = _run(run, strategy)
         lease.commit(record)
     root.delete_prefix(staging(record.update_id))
     on_progress(f"{record.update_id} committed {record.version or 'no version'}")
     return record
 
 
-def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
-    """Returns the mechanisms of an update, known before any of its data is read."""
-    spend = planned_spend(config, plan)
-    return PrivacyPlan.for_update(
-        config.privacy, num_steps=spend.num_steps, num_count_releases=spend.num_count_releases
+def _tell_epsilon(config: Config, state: State, root: Root, on_progress: Progress) -> None:
+    privacy = config.privacy
+    on_progress(
+        f"epsilon is {spent_epsilon(state, privacy.delta, root):.3f} of {privacy.epsilon_total:g} "
+        f"with this update ({statement(privacy.delta)})"
     )
+
+
+def plan_privacy(config: Config, plan: UpdatePlan, started: UpdateStarted) -> PrivacyPlan:
+    """Returns the mechanisms of an update: those that the ledger has reserved."""
+    return PrivacyPlan.of(config.privacy, started.reserved or planned_spend(config, plan))
 
 
 def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
@@ -144,20 +236,21 @@ def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
             check_catalogue(plan, next(iter(bad_files.values()), "no rows"))
 
 
-def _run(run: _Run) -> UpdateCommitted:
+def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
     ingested = _ingest(run)
     _list_set_aside(run, ingested)
     run.lease.check()
-    texts, text_of_item = text_indexes(ingested.items)
-    base, base_weights = _load_base(run)
-    trained = _train(run, ingested, base, base_weights, texts, text_of_item)
+    ready = _prepare(run, ingested)
+    outcome = strategy.train(ready)
+    trained = outcome.output
+    run = dataclasses.replace(run, config=outcome.config)
     run.lease.check()
     comparison = compare(
         run.root,
         run.update_id,
         items=ingested.items_before,
-        text_of_item=text_of_item,
-        before=Weights(head=base, text=trained.text_before),
+        text_of_item=ready.text_of_item,
+        before=Weights(head=ready.head, text=trained.text_before),
         after=Weights(head=trained.head, text=trained.text_after),
         config=run.config.evaluate,
         num_shards=ingested.num_shards,
@@ -167,8 +260,8 @@ def _run(run: _Run) -> UpdateCommitted:
     version, artifacts = None, hash_state(run.root, run.update_id)
     if decision.verdict == "passed":
         version = run.state.next_version(run.update_id)
-        artifacts = _publish(run, version, trained, texts, ingested, comparison)
-    return _record(run, version, artifacts, ingested, comparison, decision)
+        artifacts = _publish(run, version, outcome, ready, comparison)
+    return _record(run, version, artifacts, ingested, comparison, decision, outcome)
 
 
 def _ingest(run: _Run) -> Ingested:
@@ -188,6 +281,7 @@ def _ingest(run: _Run) -> Ingested:
         user_key_id=run.started.user_key_id,
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
+        group=run.privacy.group,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
@@ -224,40 +318,33 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
     return weights.head, weights
 
 
-def _train(
-    run: _Run,
-    ingested: Ingested,
-    base: Head,
-    base_weights: VersionWeights | None,
-    texts: list[str],
-    text_of_item: IndexArray,
-) -> TrainOutput:
-    config = run.config
-    num_new = encode_new_texts(run.root, config.model, texts)
+def _prepare(run: _Run, ingested: Ingested) -> Ready:
+    texts, text_of_item = text_indexes(ingested.items)
+    base, base_weights = _load_base(run)
+    num_new = encode_new_texts(run.root, run.config.model, texts)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
-    job = TrainJob.of(
-        config,
-        run.privacy,
+    return Ready(
+        config=run.config,
+        root=run.root,
+        started=run.started,
+        privacy=run.privacy,
+        ingested=ingested,
         head=base,
         adapted_weight=None if base_weights is None else base_weights.adapted_weight,
+        texts=texts,
         text_of_item=text_of_item,
-        seed=run.started.seed,
+        on_progress=run.on_progress,
     )
-    return train(
-        job, texts, root=run.root, cache=run.root, update_id=run.update_id,
-        num_shards=ingested.num_shards,
-    )  # fmt: skip
 
 
 def _publish(
     run: _Run,
     version: str,
-    trained: TrainOutput,
-    texts: list[str],
-    ingested: Ingested,
+    outcome: Outcome,
+    ready: Ready,
     comparison: Comparison,
 ) -> dict[str, str]:
-    config = run.config
+    config, trained = run.config, outcome.output
     manifest = Manifest(
         version=version,
         update_id=run.update_id,
@@ -271,27 +358,22 @@ def _publish(
         state=run.update_id,
         loss=config.train.loss,
         decision_threshold=config.labels.decision_threshold,
+        selected=outcome.selected,
     )
     weights = VersionWeights(
         head=trained.head,
         adapted_weight=trained.merged_weight,
-        texts=texts,
+        texts=ready.texts,
         text=trained.text_after,
     )
-    report = _report(run, version, ingested, comparison)
+    report = _report(run, version, outcome, ready.ingested, comparison)
     return publish(run.root, manifest, weights, adapter=trained.adapter, report=report)
 
 
-def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison) -> str:
+def _report(
+    run: _Run, version: str, outcome: Outcome, ingested: Ingested, comparison: Comparison
+) -> str:
     partitions = run.plan.partitions
-    statement = privacy_statement(
-        # One update without privacy anywhere in the model's life voids the statement.
-        private=run.started.private and all(update.private for update in run.state.committed),
-        epsilon_spent=spent_epsilon(run.state, run.config.privacy.delta),
-        epsilon_total=run.config.privacy.epsilon_total,
-        delta=run.config.privacy.delta,
-        accountant=ACCOUNTANT,
-    )
     return render_report(
         title=f"Version {version}",
         facts={
@@ -304,9 +386,11 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "requests": ingested.label_counts["requests"],
             "users": ingested.num_users,
             "steps": run.privacy.spend.num_steps,
+            **({"selected": dict(outcome.selected)} if outcome.selected else {}),
+            **outcome.metrics,
         },
         metrics=dataclasses.asdict(comparison),
-        statement=statement,
+        statement=build_statement(run.state, run.config),
     )
 
 
@@ -317,6 +401,7 @@ def _record(
     ingested: Ingested,
     comparison: Comparison,
     decision: Decision,
+    outcome: Outcome,
 ) -> UpdateCommitted:
     return UpdateCommitted(
         update_id=run.update_id,
@@ -337,13 +422,14 @@ def _record(
         example_hashes=ingested.example_hashes,
         quarantined_files=ingested.quarantined_files,
         artifacts=artifacts,
-        metrics=_without_nan(dataclasses.asdict(comparison)),
+        metrics=_without_nan({**dataclasses.asdict(comparison), **outcome.metrics}),
         config_hash=run.started.config_hash,
         seed=run.started.seed,
         private=run.started.private,
-        spent=run.privacy.reserved,
-        seconds=round(time.monotonic() - run.began, 3),
+        spent=run.started.reserved,
+        seconds=round(time.monotonic() - run.began, 3) if outcome.tells_time else 0.0,
         user_key_id=run.started.user_key_id,
+        selected=outcome.selected,
     )
 
 

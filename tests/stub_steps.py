@@ -8,6 +8,7 @@ objects in the places where the real ones do.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,20 +25,34 @@ from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_pat
 from raysys.ingest.shard_state import shard_path
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import FileRef, UpdateCommitted
+from raysys.ledger.records import FileRef, PrivacySpend, UpdateCommitted
 from raysys.model.scorer import Head
 from raysys.partitions.layout import quarantine, staging, state_folder
 from raysys.privacy import budget
 from raysys.registry.store import VersionWeights, hash_files, hash_state
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
+from raysys.train.blocks import charged
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput
+from raysys.train.output import TrainOutput
 from tests.helpers import FakeClock
 from tests.shop import item_table
 
 _WEIGHT = np.zeros((2, 2), np.float32)
 _TEXTS = np.zeros((8, 2), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """In place of `Composed`: every update costs epsilon 0.01."""
+
+    num_updates: int
+
+    def plus(self, *spends: PrivacySpend) -> _Counted:
+        return _Counted(self.num_updates + len(spends))
+
+    def epsilon(self, delta: float) -> float:
+        return 0.01 * self.num_updates
 
 
 class Steps:
@@ -51,7 +66,8 @@ class Steps:
             patch.setattr(update, name, getattr(self, name))
         patch.setattr(update, "Lease", self.lease)
         # The accountant takes longer than all the rest; what matters here is what it is given.
-        patch.setattr(budget, "epsilon", lambda spends, delta: 0.01 * len(spends))
+        patch.setattr(budget, "life_so_far", lambda root, state: _Counted(len(state.spends)))
+        patch.setattr(update, "keep", lambda root, state: None)
 
     def update(self, config: Config) -> UpdateCommitted:
         """Runs one update."""
@@ -96,6 +112,7 @@ class Steps:
         self, job: TrainJob, texts: list[str], *, root: Root, update_id: str, **rest: Any
     ) -> TrainOutput:
         self.leases[-1].renew()
+        permit_all_steps(job, root, update_id)
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")
         return TrainOutput(
             head=job.head, adapter={"adapter_model.safetensors": b"delta"}, adapted_module="dense",
@@ -129,6 +146,14 @@ class Steps:
         root.put(paths[0], manifest.to_bytes())
         root.put(paths[1], report.encode())
         return hash_files(root, paths) | hash_state(root, manifest.state)
+
+
+def permit_all_steps(job: TrainJob, root: Root, update_id: str) -> None:
+    """Has the ledger permit the steps of a private job, as training itself does."""
+    num_steps = job.plan.spend.num_steps
+    if job.plan.enabled:
+        take = charged(root, update_id, num_steps=num_steps, size=job.train.checkpoint_steps)
+        assert sum(map(len, iter(lambda: take(0), range(num_steps, num_steps)))) == num_steps
 
 
 def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:

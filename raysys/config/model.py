@@ -36,8 +36,21 @@ class TrainConfig:
     """One update's training."""
 
     num_workers: int = 2
+    min_workers: int = 0
+    """Fewer workers than `num_workers` will do, down to these, where the cluster has no room for
+    more; a smaller group stays so until a worker dies. 0: all of them, or training waits."""
     cpus_per_worker: float = 0.5
     """A fraction, so that Ray Data's tasks find room beside the workers."""
+    use_gpu: Literal["auto", True, False] = "auto"
+    """A GPU for each worker. `auto`: if the cluster has as many."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products in the forward pass. `auto`: bf16 on a GPU. Norms, loss, per-user
+    gradients and all that is done with them are fp32."""
+    max_failures: int = 3
+    """Deaths of workers after which the others go on with a new one; one more fails the update."""
+    checkpoint_steps: int = 5
+    """Steps between two checkpoints, and as many as a worker's death can lose: under privacy they
+    stay charged and are not run again."""
     num_steps: int = 15
     bootstrap_num_steps: int = 40
     """Steps of the first update, which starts from a hand-set head."""
@@ -56,9 +69,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self, "train", AT_LEAST_1, "num_workers", "num_steps", "bootstrap_num_steps")
         check(self, "train", AT_LEAST_1, "requests_per_step", "microbatch_users")
+        check(self, "train", AT_LEAST_1, "checkpoint_steps")
+        check(self, "train", NOT_NEGATIVE, "max_failures")
+        fewest, most = self.min_workers, self.num_workers
+        require(0 <= fewest <= most, "train.min_workers", fewest, f"0 to num_workers ({most})")
         check(self, "train", POSITIVE, "cpus_per_worker", "learning_rate")
         check(self, "train", POSITIVE, "bootstrap_learning_rate")
         require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")
+
+
+DEFAULT_NOISE_MULTIPLIER = 4.5
+"""Where neither a noise multiplier nor a horizon is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +92,15 @@ class PrivacyConfig:
     """The budget of all updates together, abandoned ones included."""
     delta: float = 1e-4
     """Should be below 1 / users."""
-    noise_multiplier: float = 4.5
-    """Standard deviation of a step's noise over `l2_clip_norm`."""
+    horizon: int | None = None
+    """Updates that the budget must last for, the first one included. Without `noise_multiplier`,
+    the noise is calibrated to it."""
+    noise_multiplier: float | None = None
+    """Standard deviation of a step's noise over `l2_clip_norm`. Left out, it follows from `horizon`
+    (`raysys plan` shows it), and is 4.5 without one."""
+    cohorts: int = 1
+    """Disjoint cohorts of users that take turns, one an update. Each is charged for its own turns
+    only, and an update learns from one cohort's requests only. 1 trains on everyone each time."""
     count_noise_multiplier: float = 12.0
     """Standard deviation of a count's noise over the L2 norm that one user can add to counts."""
     l2_clip_norm: float = 1.0
@@ -83,27 +111,46 @@ class PrivacyConfig:
     """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
 
     def __post_init__(self) -> None:
-        check(self, "privacy", POSITIVE, "epsilon_total", "noise_multiplier", "l2_clip_norm")
-        check(self, "privacy", POSITIVE, "count_noise_multiplier")
+        check(self, "privacy", POSITIVE, "epsilon_total", "l2_clip_norm", "count_noise_multiplier")
         check(self, "privacy", FRACTION, "delta")
-        check(self, "privacy", AT_LEAST_1, "expected_batch_users")
+        check(self, "privacy", AT_LEAST_1, "expected_batch_users", "cohorts")
+        if self.noise_multiplier is not None:
+            check(self, "privacy", POSITIVE, "noise_multiplier")
+        if self.horizon is not None:
+            check(self, "privacy", AT_LEAST_1, "horizon")
         prob = self.sampling_prob
         require(0 < prob <= 1, "privacy.sampling_prob", prob, "a probability in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What before and after are compared on."""
+    """What before and after are compared on, and whether the figures are released with noise."""
 
     window_days: int = 7
     """The newest days of an update, scored before they are trained on."""
     max_users: int = 2000
-    """Users scored, chosen at random beyond that."""
+    """Users scored beyond whom the others are left out. Not used with `private`: where there is a
+    cap, one user who comes pushes out another, and moves the figures by both."""
     num_bootstrap: int = 1000
-    """Resamples of users behind each interval."""
+    """Resamples of users behind each interval. Not used with `private`."""
+    private: bool = False
+    """Whether figures and verdict are part of the guarantee: noise is added before anything leaves,
+    and each update is charged for it. Exact figures are then nowhere. Needs `privacy.enabled`."""
+    noise_multiplier: float = 5.0
+    """With `private`: standard deviation of the noise over what one user can move, in L2 norm. 5
+    suits 240 held-out users; ten times the users bear ten times the noise."""
+    max_difference: float = 0.1
+    """With `private`: a user's change of NDCG@10 and of AUC is clipped to plus and minus this. The
+    gate sees clipped changes: a larger one is counted as this much."""
+    sample_fraction: float = 1.0
+    """With `private`: share of users that are scored, each drawn apart from all others."""
 
     def __post_init__(self) -> None:
         check(self, "evaluate", AT_LEAST_1, "window_days", "max_users", "num_bootstrap")
+        check(self, "evaluate", POSITIVE, "noise_multiplier")
+        for name in ("max_difference", "sample_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"evaluate.{name}", value, "a fraction in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,9 @@
     rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
 
 Every record carries `schema_version`; an older one still reads. Version 3 added spends that name
-disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and carries that of the record before it as `prev`, so that a record that was
-changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys and paths are
-relative to the root.
+disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and
+carries that of the record before it as `prev`, so that a record that was changed after it was
+written gives itself away. Times are UNIX seconds, UTC. Keys and paths are relative to the root.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from raysys.ledger.codec import Reviver, class_reviver
 from raysys.ledger.seal import broken_seal, digest, seal
 
 SCHEMA_VERSION = 3
+KEPT_LOSSES = "ledger/privacy"
+"""The folder of what `KeptLoss` names."""
 
 Verdict = Literal["passed", "held"]
 RolloutPhase = Literal["canary", "promoted", "rolled_back"]
@@ -77,7 +79,7 @@ class UserGroup:
 
     scheme: str
     """Names the split, its number of parts and the key of the pseudonyms that it hashes. Groups of
-    one scheme are disjoint, so their spends compose in parallel; of two schemes they may overlap."""
+    one scheme are disjoint, so their spends compose in parallel; those of two may overlap."""
     index: int
 
 
@@ -127,6 +129,22 @@ class PrivacySpend:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeptLoss:
+    """Names a file with the composed privacy loss of the oldest private updates, all ended.
+
+    A cache and never the truth: without it, the loss is composed from the spends of the records.
+    """
+
+    num_updates: int
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """Where the file lies below the root."""
+        return f"{KEPT_LOSSES}/{self.num_updates:06d}-{self.sha256}.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStarted:
     """Takes the lease and reserves partitions and privacy, before anything private is computed."""
 
@@ -146,6 +164,11 @@ class UpdateStarted:
     reserved: PrivacySpend | None
     """None when `private` is false."""
     set_aside: tuple[SetAside, ...] = ()
+    permits_steps: bool = False
+    """Whether its private steps run only after a `StepsPermitted`. Without, as in the ledgers of
+    older releases, nobody knows how many ran, and it stays charged for all that it reserved."""
+    kept_loss: KeptLoss | None = None
+    """The newest there is; the next update starts composing from it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +196,8 @@ class StepsPermitted:
 class UpdateAbandoned:
     """The update will never commit. Its partitions are free again.
 
-    It stays charged for its releases and for the steps that were permitted.
+    It stays charged for its releases and its selection, and for the steps that were permitted; for
+    all that it reserved, if it did not ask for permits.
     """
 
     update_id: str
@@ -209,6 +233,7 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    """0 after a selection of a random number of trials, of which it would tell."""
     column_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Rows by what the schema contract did to a column, for example `cast:price`."""
     label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
@@ -218,6 +243,8 @@ class UpdateCommitted:
     set_aside: tuple[SetAside, ...] = ()
     user_key_id: str | None = None
     """The key of the pseudonyms in its state. The fold fills it in where it is None."""
+    selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Dotted config key -> the value that a selection chose for this update; {} without one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

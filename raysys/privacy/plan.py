@@ -1,7 +1,8 @@
 """One frozen object from which sampler, noise and accounting of an update are all built.
 
-    PrivacyPlan.for_update(config, …) -> .spend (reserved in the ledger)
-                                      -> .sampler(num_users), .optimizer(…) (on each worker)
+    PrivacyPlan.of(config, spend) -> .spend (as the ledger reserved it)
+                                  -> .group (whose examples ingest makes)
+                                  -> .sampler(num_users), .optimizer(…) (on each worker)
 
 Sampler and accountant cannot disagree, because neither gets its numbers from anywhere else.
 """
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from opacus.optimizers import DistributedDPOptimizer
 
-from raysys.config import PrivacyConfig
-from raysys.ledger.records import PrivacySpend
+from raysys.config import EvaluateConfig, PrivacyConfig
+from raysys.ledger.records import PrivacySpend, UserGroup
 from raysys.privacy.sampling import PoissonSampler
 from raysys.privacy.spend import mechanisms
 
@@ -33,24 +34,45 @@ class PrivacyPlan:
     expected_batch_users: int
 
     @classmethod
-    def for_update(
-        cls, config: PrivacyConfig, *, num_steps: int, num_count_releases: int
-    ) -> PrivacyPlan:
-        """Plans an update from the config and from what is known before any data is read."""
+    def of(cls, config: PrivacyConfig, spend: PrivacySpend) -> PrivacyPlan:
+        """Plans what is, or would be, reserved."""
         return cls(
             enabled=config.enabled,
-            spend=mechanisms(config, num_steps=num_steps, num_count_releases=num_count_releases),
+            spend=spend,
             l2_clip_norm=config.l2_clip_norm,
             expected_batch_users=config.expected_batch_users,
         )
+
+    @classmethod
+    def for_update(
+        cls,
+        config: PrivacyConfig,
+        *,
+        num_steps: int,
+        num_count_releases: int,
+        evaluate: EvaluateConfig | None = None,
+    ) -> PrivacyPlan:
+        """Plans an update from the config and from what is known before any data is read."""
+        spend = mechanisms(
+            config,
+            num_steps=num_steps,
+            num_count_releases=num_count_releases,
+            evaluate=evaluate,
+        )
+        return cls.of(config, spend)
+
+    @property
+    def group(self) -> UserGroup | None:
+        """The users who are charged for the steps: nobody else's examples may be trained on."""
+        return self.spend.group if self.enabled else None
 
     @property
     def reserved(self) -> PrivacySpend | None:
         """What the ledger is charged, None without privacy."""
         return self.spend if self.enabled else None
 
-    def rng(self, seed: int, world_rank: int) -> np.random.Generator:
-        """Returns the generator of a worker's draws.
+    def rng(self, seed: int, world_rank: int, step: int = 0) -> np.random.Generator:
+        """Returns the generator of a worker's draws from a step on.
 
         Under privacy it comes from the operating system's entropy, whatever the seed: a seed that
         ranks share would give them the same masks, and one that is known would undo the
@@ -58,14 +80,18 @@ class PrivacyPlan:
         replayed.
         """
         return (
-            np.random.default_rng() if self.enabled else np.random.default_rng([seed, world_rank])
+            np.random.default_rng()
+            if self.enabled
+            else np.random.default_rng([seed, world_rank, step])
         )
 
-    def sampler(self, num_users: int, rng: np.random.Generator) -> PoissonSampler:
-        """Returns the sampler of a worker that holds `num_users` users."""
+    def sampler(
+        self, num_users: int, rng: np.random.Generator, *, num_steps: int | None = None
+    ) -> PoissonSampler:
+        """Returns the sampler of a worker that holds `num_users` users, of all steps by default."""
         return PoissonSampler(
             num_users=num_users,
-            num_steps=self.spend.num_steps,
+            num_steps=self.spend.num_steps if num_steps is None else num_steps,
             sampling_prob=self.spend.sampling_prob,
             rng=rng,
         )
@@ -80,7 +106,8 @@ class PrivacyPlan:
         clipped and no noise is added; sampling and normaliser stay the same. Noise has a generator
         of its own, from the operating system's entropy: no seed set elsewhere can repeat it.
         """
-        generator = torch.Generator()
+        # Noise is drawn where the gradients are.
+        generator = torch.Generator(inner.param_groups[0]["params"][0].device)
         generator.seed()
         return DistributedDPOptimizer(
             inner,

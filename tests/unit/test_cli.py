@@ -7,19 +7,23 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import PoissonSampledDpEvent
 from typer.testing import CliRunner, Result
 
 import raysys.doctor
 from raysys.cli import app
 from raysys.errors import ConfigError, StorageUnavailableError
+from raysys.ingest.groups import cohort_group
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
-from raysys.ledger.records import PrivacySpend, Record
+from raysys.ledger.records import Record, SelectionSpend, StepsPermitted
+from raysys.privacy import budget
+from raysys.privacy.accounting import statement
+from raysys.privacy.composed import Composed
 from raysys.storage import Root
 from tests.helpers import SPEND, abandoned, committed, partition, started, write_config
 from tests.update_shop import contents
@@ -118,10 +122,14 @@ class TestStatus:
 def counted_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composes by counting steps: the accountant has tests of its own, and takes seconds."""
 
-    def count(spends: Iterable[PrivacySpend], delta: float) -> float:
-        return float(sum(spend.num_steps for spend in spends)) / 10
+    def count(self: Composed, delta: float) -> float:
+        ran = self.everyone[None].ran.items()
+        steps = [num for event, num in ran if isinstance(event, PoissonSampledDpEvent)]
+        return float(sum(steps)) / 10
 
-    monkeypatch.setattr("raysys.privacy.budget.epsilon", count)
+    monkeypatch.setattr(Composed, "epsilon", count)
+    monkeypatch.setattr(budget, "_alone", budget._alone.__wrapped__)
+    monkeypatch.setattr("raysys.privacy.calibrate.updates_paid", lambda config: 7)
 
 
 @pytest.mark.usefixtures("counted_epsilon")
@@ -188,6 +196,33 @@ class TestPlan:
         shown = text(local_config, "plan")
         assert "epsilon 4.000 alone, from 1.500 to 5.500 of 8, 2.500 left" in shown
         assert "unit: a user; neighbours: add or remove one user; delta 0.0001" in shown
+
+    def test_tells_noise_cohort_and_how_long_the_budget_lasts(
+        self, tmp_path: Path, shop: Root
+    ) -> None:
+        extra = "privacy: {noise_multiplier: 3, horizon: 20, cohorts: 4}\n"
+        config = write_config(tmp_path, shop.uri, extra)
+        append(shop, SECOND, abandoned("u0002-bbbbbb"))
+        shown, key_id = text(config, "plan"), Pseudonymizer.from_file(tmp_path / "key").key_id
+        assert f"users      of group cohorts/4/{key_id}:1" in shown
+        assert "noise      3, as configured: epsilon_total 8 pays for 7 updates" in shown
+        assert "privacy.horizon is 20" in shown
+        assert "lasts      for 1 updates like this one, it included" in shown
+        privacy = body(config, "plan")["privacy"]
+        assert privacy["updates_left"] == 1 and privacy["noise"].startswith("3, as configured")
+
+    @pytest.mark.parametrize("command", ["plan", "budget", "status", "versions"])
+    def test_no_privacy_figure_is_printed_without_what_it_is_about(
+        self, tmp_path: Path, shop: Root, command: str
+    ) -> None:
+        append(shop, SECOND, abandoned("u0002-bbbbbb"))
+        config = write_config(tmp_path, shop.uri)
+        about = statement(1e-4)
+        for shown in (text(config, command), json.dumps(body(config, command))):
+            assert ("epsilon" in shown) == (command in ("plan", "budget"))
+            assert about in shown or "epsilon" not in shown
+        refused = write_config(tmp_path, shop.uri, "privacy: {epsilon_total: 3}\n")
+        assert about in run(refused, "plan").stderr
 
     def test_says_not_private_where_privacy_is_off(self, tmp_path: Path, shop: Root) -> None:
         config = write_config(tmp_path, shop.uri, "privacy: {enabled: false}\n")
@@ -263,6 +298,31 @@ class TestBudget:
         assert found["epsilon_spent"] == 2.0 and found["epsilon_left"] == 6.0
         assert found["updates_left"] == 4 and found["private"] is True
         assert found["unit"] == "user" and found["accountant"] and found["statement"]
+
+    def test_tells_users_steps_that_may_have_run_and_selections(
+        self, local_config: Path, local_root: Root
+    ) -> None:
+        trials = SelectionSpend(
+            method="compose", num_steps=5, sampling_prob=0.25, noise_multiplier=4.0,
+            score_noise_multiplier=10.0, num_trials=3, mean_trials=3.0, shape=0.0, delta=0.0,
+        )  # fmt: skip
+        spend = dataclasses.replace(
+            SPEND, group=cohort_group(8, "key", 3), selection=trials, num_evaluations=1
+        )
+        first = dataclasses.replace(FIRST, reserved=spend, permits_steps=True)
+        second = dataclasses.replace(SECOND, permits_steps=True)
+        permits = [
+            StepsPermitted(update_id=start.update_id, num_steps=num)
+            for start, num in ((first, 4), (second, 7))
+        ]
+        append(local_root, first, permits[0], abandoned("u0001-aaaaaa"), second, permits[1])
+        dead, running = body(local_config, "budget")["updates"]
+        assert (dead["num_steps"], dead["group"]) == (4, "cohorts/8/key:3")
+        assert dead["selection"] == "compose: 3 trials of 5 steps"
+        assert (dead["num_evaluations"], running["num_steps"], running["group"]) == (1, 15, None)
+        lines = text(local_config, "budget").splitlines()
+        assert "4 may have run" in lines[1] and "1 + 1 evaluations" in lines[1]
+        assert "15 reserved, 7 may have run" in lines[2] and "  all  " in lines[2]
 
     def test_says_not_private_where_privacy_is_off(self, tmp_path: Path, local_root: Root) -> None:
         config = write_config(tmp_path, local_root.uri, "privacy:\n  enabled: false\n")
@@ -424,7 +484,7 @@ class TestDoctor:
         assert result.exit_code == 0, result.output
         lines = result.stdout.splitlines()
         assert all(line.startswith("ok") for line in lines)
-        names = ["config", "root", "key", "encoder", "python", "ray", "torch", "haproxy"]
+        names = ["config", "root", "key", "encoder", "privacy", "python", "ray", "torch", "haproxy"]
         assert [line.split()[1] for line in lines] == names
         assert root.list("") == []
 

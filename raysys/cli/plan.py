@@ -133,6 +133,8 @@ def _start_line(planned: UpdatePlan) -> str:
 
 def _spend_lines(spend: PrivacySpend, expected: Forecast | None) -> list[str]:
     what = f"{spend.num_steps} steps and {spend.num_count_releases} releases of item counts"
+    if spend.num_evaluations:
+        what += f" and {spend.num_evaluations} of evaluation figures"
     if expected is None:
         from raysys.privacy.statement import NOT_PRIVATE
 

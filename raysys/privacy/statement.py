@@ -184,7 +184,10 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
         "what a canary measures on live traffic, and what follows from it: which version is "
         "promoted, and that one which is rolled back is not trained on"
     )
-    yield "what replicas count and log of live requests, and the events that they write"
+    yield (
+        "what replicas count and log of live requests, how fast they answer (a query that was "
+        "asked before is faster), and the events that they write"
+    )
     if any(spend.selection is not None for _, spend, _ in state.spends):
         yield "number and timing of a selection's trials, for who watches the cluster meanwhile"
     yield "how long an update takes, and what logs, dashboards, staging/ and quarantine/ show of it"

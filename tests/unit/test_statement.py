@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SELECTED = dataclasses.replace(
         score_noise_multiplier=10.0, num_trials=0, mean_trials=4.0, shape=1.0, delta=1e-6,
     ),
 )  # fmt: skip
+PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
 FIGURES = "figures of evaluation and verdict of the gate"
 
 
@@ -201,3 +203,18 @@ class TestCommand:
         path = self.shop(tmp_path, local_root, start, committed(start))
         assert self.run(path) == f"{NOT_PRIVATE} Updates: u0001-aaaaaa\n"
         assert json.loads(self.run(path, "--json"))["epsilon_spent"] is None
+
+
+def test_the_page_about_privacy_has_the_statement_of_a_shop_with_default_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raysys.privacy.budget.epsilon", lambda spends, delta: 0.0)
+    _, _, rest = PAGE.partition("<!-- statement -->\n")
+    shown, _, _ = rest.partition("<!-- /statement -->")
+    expected = build_statement(State(), config()).lines()
+    assert shown.splitlines() == expected, "put what `raysys budget --explain` prints there"
+
+
+@pytest.mark.parametrize("path", re.findall(r"`(?:tests/unit/)?(test_\w+\.py)`", PAGE))
+def test_every_test_that_the_page_names_is_there(path: str) -> None:
+    assert (Path(__file__).parent / path).exists()

@@ -30,7 +30,7 @@ from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted, UpdateStarted
+from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
@@ -39,6 +39,9 @@ from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging
 from raysys.partitions.orphans import delete_orphans
 from raysys.partitions.plan import UpdatePlan
+from raysys.privacy.accounting import statement
+from raysys.privacy.budget import spent_epsilon
+from raysys.privacy.kept import keep
 from raysys.privacy.plan import PrivacyPlan
 from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
@@ -102,23 +105,31 @@ def run_update(
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
 
+    kept: KeptLoss | None = None
+
     def decide(state: State) -> UpdateStarted:
-        return reserve(state, planner.plan(state), config, keys=keys, owner=owner)
+        return reserve(
+            state, planner.plan(state), config, keys=keys, owner=owner, root=root, kept_loss=kept
+        )
 
     # While another update is active, what is left for this one is open.
     if (state := log.refresh()).active is None:
         decide(state)
         _require_catalogue(root, planner.plan(state))
     start_ray()
+    if config.privacy.enabled:
+        kept = keep(root, log.refresh())
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
         started = lease.start(decide)
         plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
         state = log.refresh()
         delete_orphans(root, log)
+        if started.private:
+            _tell_epsilon(config, state, root, on_progress)
         run = _Run(
-            config=config, root=root, state=state, started=started, plan=plan,
-            privacy=plan_privacy(config, plan), lease=lease, on_progress=on_progress, began=began,
+            config=config, root=root, state=state, started=started, plan=plan, lease=lease,
+            privacy=plan_privacy(config, plan, started), on_progress=on_progress, began=began,
         )  # fmt: skip
         record = _run(run)
         lease.commit(record)
@@ -127,15 +138,17 @@ def run_update(
     return record
 
 
-def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
-    """Returns the mechanisms of an update, known before any of its data is read."""
-    spend = planned_spend(config, plan)
-    return PrivacyPlan.for_update(
-        config.privacy,
-        num_steps=spend.num_steps,
-        num_count_releases=spend.num_count_releases,
-        evaluate=config.evaluate,
+def _tell_epsilon(config: Config, state: State, root: Root, on_progress: Progress) -> None:
+    privacy = config.privacy
+    on_progress(
+        f"epsilon is {spent_epsilon(state, privacy.delta, root):.3f} of {privacy.epsilon_total:g} "
+        f"with this update ({statement(privacy.delta)})"
     )
+
+
+def plan_privacy(config: Config, plan: UpdatePlan, started: UpdateStarted) -> PrivacyPlan:
+    """Returns the mechanisms of an update: those that the ledger has reserved."""
+    return PrivacyPlan.of(config.privacy, started.reserved or planned_spend(config, plan))
 
 
 def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
@@ -190,6 +203,7 @@ def _ingest(run: _Run) -> Ingested:
         user_key_id=run.started.user_key_id,
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
+        group=run.privacy.group,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
@@ -302,7 +316,7 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "steps": run.privacy.spend.num_steps,
         },
         metrics=dataclasses.asdict(comparison),
-        statement=build_statement(run.state, run.config),
+        statement=build_statement(run.state, run.config, run.root),
     )
 
 

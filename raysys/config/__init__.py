@@ -23,6 +23,7 @@ from raysys.config.data import (
 )
 from raysys.config.load import load_config, parse_config
 from raysys.config.model import (
+    DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
@@ -33,6 +34,7 @@ from raysys.config.model import (
 from raysys.config.shop import Config
 
 __all__ = [
+    "DEFAULT_NOISE_MULTIPLIER",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",

@@ -93,7 +93,9 @@ def _convert(hint: Any, value: object, key: str) -> object:
         assert isinstance(value, Mapping)
         item_hint = typing.get_args(hint)[1]
         return {str(k): _convert(item_hint, v, f"{key}.{k}") for k, v in value.items()}
-    assert not isinstance(hint, types.UnionType)
+    if isinstance(hint, types.UnionType):
+        (known,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+        return None if value is None else _convert(known, value, key)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         require(math.isfinite(value), key, value, "a finite number")
         return float(value)

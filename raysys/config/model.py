@@ -61,6 +61,10 @@ class TrainConfig:
         require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")
 
 
+DEFAULT_NOISE_MULTIPLIER = 4.5
+"""Where neither a noise multiplier nor a horizon is given."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyConfig:
     """User-level differential privacy over the model's whole life."""
@@ -71,8 +75,15 @@ class PrivacyConfig:
     """The budget of all updates together, abandoned ones included."""
     delta: float = 1e-4
     """Should be below 1 / users."""
-    noise_multiplier: float = 4.5
-    """Standard deviation of a step's noise over `l2_clip_norm`."""
+    horizon: int | None = None
+    """Updates that the budget must last for, the first one included. Without `noise_multiplier`,
+    the noise is calibrated to it."""
+    noise_multiplier: float | None = None
+    """Standard deviation of a step's noise over `l2_clip_norm`. Left out, it follows from `horizon`
+    (`raysys plan` shows it), and is 4.5 without one."""
+    cohorts: int = 1
+    """Disjoint cohorts of users that take turns, one an update. Each is charged for its own turns
+    only, and an update learns from one cohort's requests only. 1 trains on everyone each time."""
     count_noise_multiplier: float = 12.0
     """Standard deviation of a count's noise over the L2 norm that one user can add to counts."""
     l2_clip_norm: float = 1.0
@@ -83,10 +94,13 @@ class PrivacyConfig:
     """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
 
     def __post_init__(self) -> None:
-        check(self, "privacy", POSITIVE, "epsilon_total", "noise_multiplier", "l2_clip_norm")
-        check(self, "privacy", POSITIVE, "count_noise_multiplier")
+        check(self, "privacy", POSITIVE, "epsilon_total", "l2_clip_norm", "count_noise_multiplier")
         check(self, "privacy", FRACTION, "delta")
-        check(self, "privacy", AT_LEAST_1, "expected_batch_users")
+        check(self, "privacy", AT_LEAST_1, "expected_batch_users", "cohorts")
+        if self.noise_multiplier is not None:
+            check(self, "privacy", POSITIVE, "noise_multiplier")
+        if self.horizon is not None:
+            check(self, "privacy", AT_LEAST_1, "horizon")
         prob = self.sampling_prob
         require(0 < prob <= 1, "privacy.sampling_prob", prob, "a probability in (0, 1]")
 

@@ -27,6 +27,9 @@ from raysys.privacy.calibrate import noise_multiplier_of
 from raysys.privacy.spend import update_spend
 from raysys.storage import Root
 
+Charge = Callable[[State, PrivacySpend, str], PrivacySpend]
+"""State, what a plain update would spend, id of the newest user key -> what this one reserves."""
+
 
 class Planner:
     """Plans on the newest state, and lists the root anew only where that is needed.
@@ -150,12 +153,14 @@ def reserve(
     owner: str,
     root: Root | None = None,
     kept_loss: KeptLoss | None = None,
+    charge: Charge = lambda state, spend, key_id: spend,
 ) -> UpdateStarted:
     """Decides, on the state that directly precedes the record, what the update takes.
 
     Args:
       root: Where the privacy loss so far may be kept; without, it is composed from the records.
       kept_loss: What was kept for the next update.
+      charge: Returns what is reserved, given what a plain update would spend.
 
     Raises:
       ConfigError: The newest key is not the state's.
@@ -165,6 +170,7 @@ def reserve(
     spend = planned_spend(config, plan, group_in_turn(config, state, keys.key_id))
     private = config.privacy.enabled
     if private:
+        spend = charge(state, spend, keys.key_id)
         check_reservation(state, [spend], config.privacy, root)
     update_id = state.next_update_id()
     digest = hashlib.sha256(f"{config.ingest.seed} {update_id}".encode()).digest()

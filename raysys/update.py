@@ -23,7 +23,7 @@ from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import render_report
-from raysys.ingest.features import IndexArray
+from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
@@ -47,10 +47,11 @@ from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
-from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
+from raysys.reserve import Charge, Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 Progress = Callable[[str], None]
 
@@ -66,6 +67,7 @@ class _Run:
     started: UpdateStarted
     plan: UpdatePlan
     privacy: PrivacyPlan
+    """Of a plain update."""
     lease: Lease
     on_progress: Progress
     began: float
@@ -75,11 +77,77 @@ class _Run:
         return self.started.update_id
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """All that training starts from."""
+
+    config: Config
+    root: Root
+    started: UpdateStarted
+    privacy: PrivacyPlan
+    """Of a plain update."""
+    ingested: Ingested
+    head: Head
+    """Of the previous version."""
+    adapted_weight: FloatArray | None
+    texts: list[str]
+    text_of_item: IndexArray
+    on_progress: Progress
+
+    def job(self, config: Config, privacy: PrivacyPlan) -> TrainJob:
+        """Returns the job of training under this config and plan."""
+        return TrainJob.of(
+            config,
+            privacy,
+            head=self.head,
+            adapted_weight=self.adapted_weight,
+            text_of_item=self.text_of_item,
+            seed=self.started.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of training."""
+
+    output: TrainOutput
+    config: Config
+    """With which it was trained."""
+    selected: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Dotted config key -> what a selection chose."""
+    metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Of the selection, kept beside those of the comparison."""
+    tells_time: bool = True
+    """False where the time that the update took would tell what must not be told."""
+
+
+def train_once(ready: Ready) -> Outcome:
+    """Trains one model, as the config says."""
+    output = train(
+        ready.job(ready.config, ready.privacy),
+        ready.texts,
+        root=ready.root,
+        cache=ready.root,
+        update_id=ready.started.update_id,
+        num_shards=ready.ingested.num_shards,
+    )
+    return Outcome(output=output, config=ready.config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Strategy:
+    """How an update comes by its new weights, and what that is charged."""
+
+    train: Callable[[Ready], Outcome] = train_once
+    charge: Charge = lambda state, spend, key_id: spend
+
+
 def run_update(
     config: Config,
     on_progress: Progress = lambda line: None,
     start_ray: Callable[[], None] = lambda: None,
     within: PartitionRange = EVERYTHING,
+    strategy: Strategy | None = None,
 ) -> UpdateCommitted:
     """Runs one update and returns its commit record.
 
@@ -87,6 +155,7 @@ def run_update(
       start_ray: Connects to a cluster, unless the caller has done so. Called once all that can be
         refused without one is: starting Ray takes seconds.
       within: Which partitions it may look at.
+      strategy: How the new weights are made; None trains once.
 
     Raises:
       EmptyPlanError: Nothing is new.
@@ -104,12 +173,20 @@ def run_update(
     delete_orphans(root, log)
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
+    strategy = strategy or Strategy()
 
     kept: KeptLoss | None = None
 
     def decide(state: State) -> UpdateStarted:
         return reserve(
-            state, planner.plan(state), config, keys=keys, owner=owner, root=root, kept_loss=kept
+            state,
+            planner.plan(state),
+            config,
+            keys=keys,
+            owner=owner,
+            charge=strategy.charge,
+            root=root,
+            kept_loss=kept,
         )
 
     # While another update is active, what is left for this one is open.
@@ -131,7 +208,7 @@ def run_update(
             config=config, root=root, state=state, started=started, plan=plan, lease=lease,
             privacy=plan_privacy(config, plan, started), on_progress=on_progress, began=began,
         )  # fmt: skip
-        record = _run(run)
+        record = _run(run, strategy)
         lease.commit(record)
     root.delete_prefix(staging(record.update_id))
     on_progress(f"{record.update_id} committed {record.version or 'no version'}")
@@ -159,20 +236,21 @@ def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
             check_catalogue(plan, next(iter(bad_files.values()), "no rows"))
 
 
-def _run(run: _Run) -> UpdateCommitted:
+def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
     ingested = _ingest(run)
     _list_set_aside(run, ingested)
     run.lease.check()
-    texts, text_of_item = text_indexes(ingested.items)
-    base, base_weights = _load_base(run)
-    trained = _train(run, ingested, base, base_weights, texts, text_of_item)
+    ready = _prepare(run, ingested)
+    outcome = strategy.train(ready)
+    trained = outcome.output
+    run = dataclasses.replace(run, config=outcome.config)
     run.lease.check()
     comparison = compare(
         run.root,
         run.update_id,
         items=ingested.items_before,
-        text_of_item=text_of_item,
-        before=Weights(head=base, text=trained.text_before),
+        text_of_item=ready.text_of_item,
+        before=Weights(head=ready.head, text=trained.text_before),
         after=Weights(head=trained.head, text=trained.text_after),
         config=run.config.evaluate,
         num_shards=ingested.num_shards,
@@ -182,8 +260,8 @@ def _run(run: _Run) -> UpdateCommitted:
     version, artifacts = None, hash_state(run.root, run.update_id)
     if decision.verdict == "passed":
         version = run.state.next_version(run.update_id)
-        artifacts = _publish(run, version, trained, texts, ingested, comparison)
-    return _record(run, version, artifacts, ingested, comparison, decision)
+        artifacts = _publish(run, version, outcome, ready, comparison)
+    return _record(run, version, artifacts, ingested, comparison, decision, outcome)
 
 
 def _ingest(run: _Run) -> Ingested:
@@ -240,42 +318,33 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
     return weights.head, weights
 
 
-def _train(
-    run: _Run,
-    ingested: Ingested,
-    base: Head,
-    base_weights: VersionWeights | None,
-    texts: list[str],
-    text_of_item: IndexArray,
-) -> TrainOutput:
-    config = run.config
-    num_new = encode_new_texts(run.root, config.model, texts)
+def _prepare(run: _Run, ingested: Ingested) -> Ready:
+    texts, text_of_item = text_indexes(ingested.items)
+    base, base_weights = _load_base(run)
+    num_new = encode_new_texts(run.root, run.config.model, texts)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
-    job = TrainJob.of(
-        config,
-        run.privacy,
+    return Ready(
+        config=run.config,
+        root=run.root,
+        started=run.started,
+        privacy=run.privacy,
+        ingested=ingested,
         head=base,
         adapted_weight=None if base_weights is None else base_weights.adapted_weight,
+        texts=texts,
         text_of_item=text_of_item,
-        seed=run.started.seed,
+        on_progress=run.on_progress,
     )
-    if run.started.permits_steps:
-        run.lease.permit(run.privacy.spend.num_steps)
-    return train(
-        job, texts, root=run.root, cache=run.root, update_id=run.update_id,
-        num_shards=ingested.num_shards,
-    )  # fmt: skip
 
 
 def _publish(
     run: _Run,
     version: str,
-    trained: TrainOutput,
-    texts: list[str],
-    ingested: Ingested,
+    outcome: Outcome,
+    ready: Ready,
     comparison: Comparison,
 ) -> dict[str, str]:
-    config = run.config
+    config, trained = run.config, outcome.output
     manifest = Manifest(
         version=version,
         update_id=run.update_id,
@@ -289,18 +358,21 @@ def _publish(
         state=run.update_id,
         loss=config.train.loss,
         decision_threshold=config.labels.decision_threshold,
+        selected=outcome.selected,
     )
     weights = VersionWeights(
         head=trained.head,
         adapted_weight=trained.merged_weight,
-        texts=texts,
+        texts=ready.texts,
         text=trained.text_after,
     )
-    report = _report(run, version, ingested, comparison)
+    report = _report(run, version, outcome, ready.ingested, comparison)
     return publish(run.root, manifest, weights, adapter=trained.adapter, report=report)
 
 
-def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison) -> str:
+def _report(
+    run: _Run, version: str, outcome: Outcome, ingested: Ingested, comparison: Comparison
+) -> str:
     partitions = run.plan.partitions
     return render_report(
         title=f"Version {version}",
@@ -314,6 +386,8 @@ def _report(run: _Run, version: str, ingested: Ingested, comparison: Comparison)
             "requests": ingested.label_counts["requests"],
             "users": ingested.num_users,
             "steps": run.privacy.spend.num_steps,
+            **({"selected": dict(outcome.selected)} if outcome.selected else {}),
+            **outcome.metrics,
         },
         metrics=dataclasses.asdict(comparison),
         statement=build_statement(run.state, run.config, run.root),
@@ -327,6 +401,7 @@ def _record(
     ingested: Ingested,
     comparison: Comparison,
     decision: Decision,
+    outcome: Outcome,
 ) -> UpdateCommitted:
     return UpdateCommitted(
         update_id=run.update_id,
@@ -347,13 +422,14 @@ def _record(
         example_hashes=ingested.example_hashes,
         quarantined_files=ingested.quarantined_files,
         artifacts=artifacts,
-        metrics=_without_nan(dataclasses.asdict(comparison)),
+        metrics=_without_nan({**dataclasses.asdict(comparison), **outcome.metrics}),
         config_hash=run.started.config_hash,
         seed=run.started.seed,
         private=run.started.private,
-        spent=run.privacy.reserved,
-        seconds=round(time.monotonic() - run.began, 3),
+        spent=run.started.reserved,
+        seconds=round(time.monotonic() - run.began, 3) if outcome.tells_time else 0.0,
         user_key_id=run.started.user_key_id,
+        selected=outcome.selected,
     )
 
 

@@ -52,15 +52,6 @@ def budget(
     )
 
 
-def _explain(config: Path, *, as_json: bool) -> None:
-    from raysys.privacy.statement import build_statement
-
-    shop, log = open_shop(config)
-    statement = build_statement(log.refresh(), shop, Root(shop.root))
-    body = {**dataclasses.asdict(statement), "summary": statement.summary}
-    print_result(body, as_json, statement.lines())
-
-
 def _row(spend: UpdateSpend, state: State) -> list[str]:
     status, steps = spend.status, f"{spend.num_steps}"
     if status == "reserved":
@@ -81,6 +72,15 @@ def _row(spend: UpdateSpend, state: State) -> list[str]:
         f"{spend.epsilon_alone:.3f}",
         f"{spend.epsilon_cumulative:.3f}",
     ]
+
+
+def _explain(config: Path, *, as_json: bool) -> None:
+    from raysys.privacy.statement import build_statement
+
+    shop, log = open_shop(config)
+    statement = build_statement(log.refresh(), shop, Root(shop.root))
+    body = {**dataclasses.asdict(statement), "summary": statement.summary}
+    print_result(body, as_json, statement.lines())
 
 
 def _more_updates(updates_left: int | None) -> str:

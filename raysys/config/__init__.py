@@ -9,6 +9,7 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 shop.py     all sections together
 data.py     what an update reads and makes of it
 model.py    how the ranker is trained, kept private, judged and rolled out
+tune.py     which hyperparameters are tried, and how that is charged
 load.py     YAML -> Config
 """
 
@@ -21,7 +22,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
-from raysys.config.load import load_config, parse_config
+from raysys.config.load import load_config, parse_config, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
@@ -32,6 +33,7 @@ from raysys.config.model import (
     TrainConfig,
 )
 from raysys.config.shop import Config
+from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
@@ -49,6 +51,8 @@ __all__ = [
     "RolloutConfig",
     "SchemaConfig",
     "TrainConfig",
+    "TuneConfig",
     "load_config",
     "parse_config",
+    "with_values",
 ]

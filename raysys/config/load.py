@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -53,7 +54,28 @@ def parse_config(raw: object) -> Config:
     """
     config = _build(Config, raw, "")
     assert isinstance(config, Config)
+    for key, options in config.tune.space.items():
+        for value in options:
+            try:
+                with_values(config, {key: value})
+            except ConfigError as error:
+                raise ConfigError(f"tune.space.{key}: {error}") from error
     return config
+
+
+def with_values(config: Config, values: Mapping[str, object]) -> Config:
+    """Returns the config with these dotted keys replaced, checked as if the file had said so.
+
+    Raises:
+      ConfigError: A value is out of bounds, by itself or beside the others.
+    """
+    raw = json.loads(json.dumps(dataclasses.asdict(config)))
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        raw[section][name] = value
+    changed = _build(Config, raw, "")
+    assert isinstance(changed, Config)
+    return changed
 
 
 def _build(cls: type, raw: object, prefix: str) -> Any:
@@ -93,6 +115,13 @@ def _convert(hint: Any, value: object, key: str) -> object:
         assert isinstance(value, Mapping)
         item_hint = typing.get_args(hint)[1]
         return {str(k): _convert(item_hint, v, f"{key}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        require(isinstance(value, list), key, value, "a list")
+        assert isinstance(value, list)
+        item_hint = typing.get_args(hint)[0]
+        return tuple(_convert(item_hint, item, f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is object:
+        return value
     if isinstance(hint, types.UnionType):
         (known,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
         return None if value is None else _convert(known, value, key)

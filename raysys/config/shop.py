@@ -23,6 +23,7 @@ from raysys.config.model import (
     RolloutConfig,
     TrainConfig,
 )
+from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -64,8 +66,16 @@ class Config:
             threshold,
             "the default, or train.loss: pointwise: scores of other losses are no probabilities",
         )
+        if self.privacy.enabled:
+            tune = self.tune
+            require(tune.scheduler == "fifo", "tune.scheduler", tune.scheduler, _random("fifo"))
+            require(tune.search == "random", "tune.search", tune.search, _random("random"))
 
     def hash(self) -> str:
         """Returns the sha256 of all values, which every ledger record of an update carries."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _random(only: str) -> str:
+    return f"{only!r} ({WHY_RANDOM})"

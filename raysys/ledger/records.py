@@ -233,6 +233,7 @@ class UpdateCommitted:
     private: bool
     spent: PrivacySpend | None
     seconds: float
+    """0 after a selection of a random number of trials, of which it would tell."""
     column_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Rows by what the schema contract did to a column, for example `cast:price`."""
     label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
@@ -242,6 +243,8 @@ class UpdateCommitted:
     set_aside: tuple[SetAside, ...] = ()
     user_key_id: str | None = None
     """The key of the pseudonyms in its state. The fold fills it in where it is None."""
+    selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Dotted config key -> the value that a selection chose for this update; {} without one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

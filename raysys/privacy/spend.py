@@ -22,15 +22,15 @@ def mechanisms(
     num_steps: int,
     num_count_releases: int,
     noise_multiplier: float | None = None,
-    group: UserGroup | None = None,
     evaluate: EvaluateConfig | None = None,
+    group: UserGroup | None = None,
 ) -> PrivacySpend:
     """Returns the mechanisms of an update as the accountant sees them.
 
     Args:
       noise_multiplier: What `privacy.calibrate` makes of a horizon; else the config's own.
-      group: Whom the steps read; None for everyone.
       evaluate: How its figures are released; None if they are not.
+      group: Whom the steps read; None for everyone.
     """
     noise = noise_multiplier if noise_multiplier is not None else config.noise_multiplier
     noised = evaluate if evaluate is not None and evaluate.private else None
@@ -65,8 +65,8 @@ def update_spend(
         num_steps=train.bootstrap_num_steps if first else train.num_steps,
         num_count_releases=num_count_releases,
         noise_multiplier=noise_multiplier,
-        group=group,
         evaluate=config.evaluate,
+        group=group,
     )
 
 

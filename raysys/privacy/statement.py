@@ -232,11 +232,8 @@ def _caps(config: Config) -> Iterable[Cap]:
         return Cap(key=key, value=float(found), meaning=meaning)
 
     yield cap("privacy.l2_clip_norm", "largest L2 norm of a user's summed gradient in a step")
-    yield cap(
-        "privacy.noise_multiplier",
-        "noise of a step's sum over that norm",
-        noise_multiplier_of(config),
-    )
+    noise = noise_multiplier_of(config)
+    yield cap("privacy.noise_multiplier", "noise of a step's sum over that norm", noise)
     yield cap("privacy.sampling_prob", "chance of each user to take part in a step")
     if config.privacy.cohorts > 1:
         yield cap("privacy.cohorts", "disjoint cohorts of users, of which an update trains on one")
@@ -255,6 +252,9 @@ def _caps(config: Config) -> Iterable[Cap]:
         "most",
     )
     yield cap("ingest.max_history_items", "items in a user's history")
+    if config.tune.space:
+        yield cap("tune.max_difference", "largest change of NDCG@10 in a trial's score by one user")
+        yield cap("tune.score_noise_multiplier", "noise of a trial's score over that")
     if config.evaluate.private:
         yield cap(
             "evaluate.noise_multiplier", "noise of an evaluation's sums over what one user can add"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from raysys.errors import ArtifactError
@@ -44,6 +45,8 @@ class Manifest:
     """As trained; scores of `pointwise` are log odds of an outcome."""
     decision_threshold: float = 0.5
     """Probability from which a candidate is flagged."""
+    selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Dotted config key -> the value that a selection chose; {} without one."""
     schema_version: int = MANIFEST_SCHEMA_VERSION
 
     def to_bytes(self) -> bytes:

@@ -16,49 +16,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import layer_norm, normalize
 
-from raysys.config import ModelConfig
-from raysys.model.encoder import (
-    TextEncoder,
-    TokenActivations,
-    adapted_layer,
-    adapted_module_name,
-)
+from raysys.model.encoder import TokenActivations
+from raysys.model.targets import DEFAULT_CUT
 from raysys.privacy.clipping import add_grad_sample, per_user_linear
 
 
-def add_lora(encoder: TextEncoder, config: ModelConfig) -> PeftModel:
-    """Wraps the encoder with a fresh LoRA on its last output projection.
-
-    B is zero, so nothing changes yet.
-    """
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        target_modules=[adapted_module_name(encoder.model)],
-        lora_dropout=0.0,
-        bias="none",
-    )
-    peft_model = get_peft_model(encoder.model, lora)
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
-
-
-def lora_layer(peft_model: PeftModel) -> Any:
-    """Returns the one adapted module: `.base_layer`, `.lora_A`, `.lora_B`, `.scaling`."""
-    return adapted_layer(peft_model.get_base_model()).output.dense
-
-
 class TextTower(torch.nn.Module):
-    """Embeds the catalogue's texts; its trainable weights are those of the PEFT model."""
+    """Embeds the catalogue's texts; its trainable weights are those of PEFT's modules."""
 
-    def __init__(
-        self, peft_model: PeftModel, activations: TokenActivations, *, train_lora_a: bool
-    ) -> None:
+    def __init__(self, encoder: Any, activations: TokenActivations, *, train_lora_a: bool) -> None:
         super().__init__()
-        layer = adapted_layer(peft_model.get_base_model())
+        assert activations.cut == DEFAULT_CUT, (
+            "it starts from the input of the last feed-forward block"
+        )
+        layer = encoder.encoder.layer[-1]
         dense = layer.output.dense
         self.lora_a = dense.lora_A["default"].weight
         self.lora_b = dense.lora_B["default"].weight

@@ -12,7 +12,7 @@ Shape suffixes: U = users of a microbatch, R = requests of a user, K = candidate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ from raysys.config import Config, ModelConfig, TrainConfig
 from raysys.errors import PrivacyError
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
+from raysys.model.adapter import Adapter
 from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.model.losses import LOSSES
-from raysys.model.merge import interpolate, merge_lora
+from raysys.model.merge import interpolate
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import Head
-from raysys.model.text_tower import TextTower, add_lora, lora_layer
+from raysys.model.tower import build_tower
 from raysys.privacy.clipping import require_per_user_gradients, set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 
@@ -45,13 +46,14 @@ class TrainJob:
     learning_rate: float
     head: Head
     """Of the previous version."""
-    adapted_weight: FloatArray | None
-    """The previous version's output projection, (d, h); None before the first version."""
+    adapted_weights: Mapping[str, FloatArray] | None
+    """The previous version's matrices by module, of all that its line has changed; None before the
+    first version."""
     text_of_item: IndexArray
     """(N,) index of each item's text."""
     seed: int
-    """Of LoRA's A. Another one for each update, so that deltas are not all in one subspace. Without
-    privacy also of sampling, so that an update can be replayed."""
+    """Of the adapter's random part. Another one for each update, so that deltas are not all in one
+    subspace. Without privacy also of sampling, so that an update can be replayed."""
 
     @classmethod
     def of(
@@ -60,20 +62,20 @@ class TrainJob:
         plan: PrivacyPlan,
         *,
         head: Head,
-        adapted_weight: FloatArray | None,
+        adapted_weights: Mapping[str, FloatArray] | None,
         text_of_item: IndexArray,
         seed: int,
     ) -> TrainJob:
-        """Returns the job of an update; the first one, without `adapted_weight`, learns faster."""
+        """Returns the job of an update; the first one, without `adapted_weights`, learns faster."""
         train = config.train
-        first = adapted_weight is None
+        first = adapted_weights is None
         return cls(
             model=config.model,
             train=train,
             plan=plan,
             learning_rate=train.bootstrap_learning_rate if first else train.learning_rate,
             head=head,
-            adapted_weight=adapted_weight,
+            adapted_weights=adapted_weights,
             text_of_item=text_of_item,
             seed=seed,
         )
@@ -84,10 +86,13 @@ class Trained:
     """The new version's weights, alpha already applied."""
 
     head: Head
-    peft_model: PeftModel
-    """The delta: `base_layer` is the previous version's, LoRA's B is scaled by alpha."""
-    merged_weight: FloatArray
-    """(d, h) the new output projection."""
+    peft_model: PeftModel | None
+    """The delta on the previous version's weights, scaled by alpha; None if only the head was
+    trained."""
+    adapted_weights: Mapping[str, FloatArray]
+    """The new version's matrices by module, of all that its line has changed."""
+    adapted_modules: tuple[str, ...]
+    """Names of the modules that the delta belongs to."""
     text_before: FloatArray
     """(M, d) embeddings of all texts by the previous version."""
     text_after: FloatArray
@@ -110,29 +115,25 @@ def train_on_shards(
     Raises:
       PrivacyError: A trainable weight has no per-user gradient, or training changed nothing.
     """
-    torch.manual_seed(job.seed)  # LoRA's A must be the same on all ranks
+    torch.manual_seed(job.seed)  # the adapter's random part must be the same on all ranks
     encoder = TextEncoder(job.model.encoder, job.model.max_tokens)
-    query_text = _embed_queries(encoder, shards, job.adapted_weight)
-    peft_model = add_lora(encoder, job.model)
-    dense = lora_layer(peft_model)
-    if job.adapted_weight is not None:
-        dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy())
+    base_weights = job.adapted_weights or {}
+    query_text = _embed_queries(encoder.with_weights(base_weights), shards)
+    adapter = Adapter.fresh(encoder, job.model, base_weights, num_steps=job.plan.spend.num_steps)
     torch.seed()  # whatever is drawn from here on differs by rank and by run
     rng = job.plan.rng(job.seed, torch.distributed.get_rank())
-    tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
+    tower = build_tower(adapter, activations)
     module = RankerModule(tower, HeadModule(job.head))
     text_before = tower.embed_all()
     batches = _Batches(shards, job, text_before, query_text, rng)
     losses = _run_steps(job, module, batches, rng, num_workers=num_workers, on_step=on_step)
 
-    with torch.no_grad():
-        tower.lora_b.mul_(job.train.alpha)
+    adapter.scale(job.train.alpha)
     return Trained(
         head=interpolate(job.head, module.head.head(), job.train.alpha),
-        peft_model=peft_model,
-        merged_weight=merge_lora(
-            dense.base_layer.weight, tower.lora_a, tower.lora_b, tower.scaling
-        ),
+        peft_model=adapter.peft_model,
+        adapted_weights=adapter.weights(),
+        adapted_modules=adapter.modules,
         text_before=text_before.numpy(),
         text_after=tower.embed_all().numpy(),
         num_users=batches.num_users,
@@ -275,13 +276,11 @@ class _Batches:
         return out
 
 
-def _embed_queries(
-    encoder: TextEncoder, shards: list[ExampleSet], adapted_weight: FloatArray | None
-) -> dict[str, torch.Tensor]:
+def _embed_queries(encoder: TextEncoder, shards: list[ExampleSet]) -> dict[str, torch.Tensor]:
     queries = sorted({query for shard in shards for query in shard.queries if query})
     if not queries:
         return {}
-    return dict(zip(queries, torch.from_numpy(encoder.embed(queries, adapted_weight)), strict=True))
+    return dict(zip(queries, torch.from_numpy(encoder.embed(queries)), strict=True))
 
 
 def _rows_of_users(shards: list[ExampleSet]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray
 from raysys.ingest.pipeline import examples_path
-from raysys.model.encoder import adapted_module_name, cache_folder, load_cached
+from raysys.model.adapter import activations_cut
+from raysys.model.encoder import cache_folder, load_cached
 from raysys.model.scorer import Head
 from raysys.partitions.layout import staging
 from raysys.storage import Root
@@ -37,14 +38,14 @@ class TrainOutput:
 
     head: Head
     adapter: dict[str, bytes]
-    """Files of the delta in PEFT's format."""
-    merged_weight: FloatArray
-    """(d, h) the new output projection."""
+    """Files of the delta in PEFT's format; none if only the head was trained."""
+    adapted_weights: dict[str, FloatArray]
+    """The new version's matrices by module, of all that its line has changed."""
     text_before: FloatArray
     """(M, d) embeddings of all texts by the previous version."""
     text_after: FloatArray
-    adapted_module: str
-    """Name of the encoder module that the delta belongs to."""
+    adapted_modules: tuple[str, ...]
+    """Names of the encoder modules that the delta belongs to."""
 
 
 def train(
@@ -95,7 +96,8 @@ def _worker(config: dict[str, Any]) -> None:
         ExampleSet.from_bytes(root.read_bytes(examples_path(update_id, shard)))
         for shard in range(rank, config["num_shards"], num_workers)
     ]
-    folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    cut = activations_cut(job.model, job.adapted_weights or ())
+    folder = cache_folder(job.model.encoder, job.model.max_tokens, cut)
     num_steps = job.plan.spend.num_steps
 
     def on_step(step: int) -> None:
@@ -123,27 +125,29 @@ def _write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
     )
     save_file(
         {
-            "merged_weight": trained.merged_weight,
             "text_before": trained.text_before,
             "text_after": trained.text_after,
         },
         folder / "arrays.safetensors",
     )
-    # The name as configured: PEFT would write this machine's path, and ask the hub about it.
-    trained.peft_model.peft_config["default"].base_model_name_or_path = encoder
-    trained.peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-    output = {"adapted_module": adapted_module_name(trained.peft_model.get_base_model())}
+    save_file(dict(trained.adapted_weights), folder / "encoder.safetensors")
+    if trained.peft_model is not None:
+        # The name as configured: PEFT would write this machine's path, and ask the hub about it.
+        trained.peft_model.peft_config["default"].base_model_name_or_path = encoder
+        trained.peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    output = {"adapted_modules": trained.adapted_modules}
     (folder / "output.json").write_text(json.dumps(output))
 
 
 def _read_output(folder: Path) -> TrainOutput:
     arrays = load_file(folder / "arrays.safetensors")
-    adapter = [file for file in (folder / "adapter").iterdir() if file.name.startswith("adapter_")]
+    adapter = sorted((folder / "adapter").glob("adapter_*"))
+    output = json.loads((folder / "output.json").read_text())
     return TrainOutput(
-        merged_weight=arrays["merged_weight"],
+        adapted_weights=load_file(folder / "encoder.safetensors"),
         text_before=arrays["text_before"],
         text_after=arrays["text_after"],
         head=Head(weights=load_file(folder / "head.safetensors")),
         adapter={file.name: file.read_bytes() for file in adapter},
-        **json.loads((folder / "output.json").read_text()),
+        adapted_modules=tuple(output["adapted_modules"]),
     )

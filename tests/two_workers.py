@@ -76,7 +76,7 @@ def _trained(
         on_step=lambda step: None,
     )
     return {
-        f"{name}_merged": trained.merged_weight,
+        f"{name}_merged": trained.adapted_weights["encoder.layer.1.output.dense"],
         f"{name}_skip": trained.head.weights["skip.weight"],
     }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from raysys.errors import HealthError
+from raysys.model.adapter import Adapter
 from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.model.scorer import Head
 from raysys.train import health, loop, output
@@ -20,6 +21,7 @@ from raysys.train.step import Stepper
 from tests import tiny_shop
 
 ReloadCheck = Callable[..., None]
+ADAPTED = "encoder.layer.1.output.dense"
 PREVIOUS = np.random.default_rng(3).normal(size=(16, 32)).astype(np.float32)
 
 
@@ -29,16 +31,21 @@ def activations(tiny_encoder: str) -> TokenActivations:
     return TextEncoder(tiny_encoder, 8).activations(texts).select(texts)
 
 
-@pytest.fixture(params=[None, PREVIOUS], ids=["first version", "later version"])
+@pytest.fixture(params=[None, {ADAPTED: PREVIOUS}], ids=["first version", "later version"])
 def job(request: pytest.FixtureRequest, tiny_encoder: str) -> TrainJob:
     return tiny_shop.train_job(
-        tiny_encoder, adapted_weight=request.param, train={"alpha": 0.5}, learning_rate=0.1
+        tiny_encoder, adapted_weights=request.param, train={"alpha": 0.5}, learning_rate=0.1
     )
 
 
 def train(job: TrainJob, activations: TokenActivations) -> Trained:
     shard = tiny_shop.shard(tiny_shop.outcomes(40)).examples
     return train_on_shards(job, [shard], activations, num_workers=1, on_step=lambda step: None)
+
+
+def adapted_layer(trained: Trained) -> Any:
+    assert trained.peft_model is not None
+    return trained.peft_model.get_base_model().get_submodule(ADAPTED)
 
 
 def reload(
@@ -95,7 +102,7 @@ def test_an_adapter_that_is_not_the_trained_one_is_refused(
 ) -> None:
     """opacus #820: what the optimizer moves is not what the model holds, and so saves."""
     trained = train(job, activations)
-    lora_b = loop.lora_layer(trained.peft_model).lora_B["default"]
+    lora_b = adapted_layer(trained).lora_B["default"]
     lora_b.weight = torch.nn.Parameter(torch.zeros_like(lora_b.weight))
     with pytest.raises(HealthError, match="the adapter as reloaded scores up to"):
         reload(tmp_path, trained, trained, job, activations)
@@ -105,8 +112,8 @@ def test_a_merge_that_is_not_of_the_trained_adapter_is_refused(
     job: TrainJob, activations: TokenActivations, world: None, tmp_path: Path
 ) -> None:
     trained = train(job, activations)
-    before = loop.lora_layer(trained.peft_model).base_layer.weight.detach().numpy()
-    stale = dataclasses.replace(trained, merged_weight=before)
+    before = adapted_layer(trained).base_layer.weight.detach().numpy()
+    stale = dataclasses.replace(trained, adapted_weights={ADAPTED: before})
     with pytest.raises(HealthError, match="it is not the trained one that is merged"):
         reload(tmp_path, stale, stale, job, activations)
 
@@ -139,19 +146,19 @@ def test_a_frozen_weight_that_changed_is_refused(
     which: str,
 ) -> None:
     touched: dict[str, torch.nn.Parameter] = {}
-    add_lora, run = loop.add_lora, Stepper.run
+    build, run = loop.build_tower, Stepper.run
 
-    def remember(*args: Any) -> Any:
-        model = add_lora(*args)
-        touched.update({n: p for n, p in model.named_parameters() if which in n})
-        return model
+    def remember(adapter: Adapter, *args: Any) -> Any:
+        named = adapter.encoder.model.named_parameters()
+        touched.update({name: p for name, p in named if which in name})
+        return build(adapter, *args)
 
     def touch(self: Stepper, step: int) -> None:
         run(self, step)
         with torch.no_grad():
             next(iter(touched.values())).view(-1)[0] += 1e-6
 
-    monkeypatch.setattr(loop, "add_lora", remember)
+    monkeypatch.setattr(loop, "build_tower", remember)
     train(job, activations)
     monkeypatch.setattr(Stepper, "run", touch)
     with pytest.raises(HealthError, match=rf"training changed .*{which}.*, which is frozen \(1 "):
@@ -161,7 +168,8 @@ def test_a_frozen_weight_that_changed_is_refused(
 def test_digests_are_of_what_is_frozen_and_of_nothing_else(
     job: TrainJob, tiny_encoder: str
 ) -> None:
-    model = loop.add_lora(TextEncoder(tiny_encoder, 8), job.model)
+    encoder = TextEncoder(tiny_encoder, 8)
+    model = Adapter.fresh(encoder, job.model, {}, num_steps=5).encoder.model
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert set(health.frozen_digests([model])) == frozen
     assert any("word_embeddings" in name for name in frozen)

@@ -103,7 +103,8 @@ class Steps:
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")
         return TrainOutput(
             head=job.head, adapter={"adapter_model.safetensors": b"delta"},
-            adapted_modules=(_MODULE,), adapted_weights={_MODULE: _WEIGHT}, text_before=_TEXTS, text_after=_TEXTS,
+            adapted_modules=(_MODULE,), adapted_weights={_MODULE: _WEIGHT},
+            text_before=_TEXTS, text_after=_TEXTS,
         )  # fmt: skip
 
     def compare(

@@ -54,7 +54,8 @@ class TestWeights:
     def weights(self, monkeypatch: pytest.MonkeyPatch) -> VersionWeights:
         held = VersionWeights(
             head=Head.decayed_frequency(8),
-            adapted_weights={"encoder": np.ones((2, 3), np.float32)}, texts=[], text=np.zeros((0, 2), np.float32),
+            adapted_weights={"encoder": np.ones((2, 3), np.float32)},
+            texts=[], text=np.zeros((0, 2), np.float32),
         )  # fmt: skip
         monkeypatch.setattr(replay, "load_weights", lambda root, commit: (None, held))
         return held

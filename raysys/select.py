@@ -9,6 +9,7 @@ comes by its weights is its own. Nothing of the trials that lost is released.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import yaml
@@ -17,11 +18,16 @@ from raysys.config import Config
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.ledger.records import PrivacySpend, UpdateCommitted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
+from raysys.model.catalogue import encode_new_texts
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.privacy.selection import check_space, plan_selection
 from raysys.train.trial import Trials
 from raysys.train.tune import select
 from raysys.update import Outcome, Progress, Ready, Strategy, run_update
+
+_WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
+"""Keys that say which layers of the encoder a trial adapts."""
 
 
 def run_selection(
@@ -63,7 +69,7 @@ def select_best(ready: Ready) -> Outcome:
         selection=selection,
         num_steps=ready.privacy.spend.num_steps,
         head=ready.head,
-        adapted_weight=ready.adapted_weight,
+        adapted_weights=ready.adapted_weights,
         texts=ready.texts,
         text_of_item=ready.text_of_item,
         seed=ready.started.seed,
@@ -80,6 +86,7 @@ def select_best(ready: Ready) -> Outcome:
             max_difference=ready.config.tune.max_difference,
         ),
     )
+    _encode_for(trials)
     best = select(trials)
     ready.on_progress(f"selected, to be put into the config:\n{fragment(best.values)}")
     return Outcome(
@@ -89,6 +96,18 @@ def select_best(ready: Ready) -> Outcome:
         metrics={"selection": _told(best.score, ready)},
         tells_time=selection is None or selection.method == "compose",
     )
+
+
+def _encode_for(trials: Trials) -> None:
+    """Caches the activations below the lowest layer that each of the trials may adapt."""
+    space = {key: values for key, values in trials.config.tune.space.items() if key in _WHERE}
+    models = [
+        trials.config_of(dict(zip(space, values, strict=True))).model
+        for values in itertools.product(*space.values())
+    ]
+    cuts = {activations_cut(model, trials.adapted_weights or ()): model for model in models}
+    for cut, model in cuts.items():
+        encode_new_texts(trials.root, model, trials.texts, cut)
 
 
 def _told(score: float, ready: Ready) -> dict[str, object]:

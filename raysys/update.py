@@ -32,6 +32,7 @@ from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
@@ -87,7 +88,7 @@ class Ready:
     ingested: Ingested
     head: Head
     """Of the previous version."""
-    adapted_weight: FloatArray | None
+    adapted_weights: Mapping[str, FloatArray] | None
     texts: list[str]
     text_of_item: IndexArray
     on_progress: Progress
@@ -98,7 +99,7 @@ class Ready:
             config,
             privacy,
             head=self.head,
-            adapted_weight=self.adapted_weight,
+            adapted_weights=self.adapted_weights,
             text_of_item=self.text_of_item,
             seed=self.started.seed,
         )
@@ -167,6 +168,7 @@ def run_update(
     root.check_writable()
     keys = Pseudonymizer.from_config(config.pseudonyms)
     weights_sha256(resolve_encoder(config.model.encoder))
+    activations_cut(config.model)
     log = Log(root)
     delete_orphans(root, log)
     planner = Planner(root, config, within)
@@ -300,7 +302,9 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
 def _prepare(run: _Run, ingested: Ingested) -> Ready:
     texts, text_of_item = text_indexes(ingested.items)
     base, base_weights = _load_base(run)
-    num_new = encode_new_texts(run.root, run.config.model, texts)
+    changed = None if base_weights is None else base_weights.adapted_weights
+    cut = activations_cut(run.config.model, changed or ())
+    num_new = encode_new_texts(run.root, run.config.model, texts, cut)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
     return Ready(
         config=run.config,
@@ -309,7 +313,7 @@ def _prepare(run: _Run, ingested: Ingested) -> Ready:
         privacy=run.privacy,
         ingested=ingested,
         head=base,
-        adapted_weight=None if base_weights is None else base_weights.adapted_weight,
+        adapted_weights=changed,
         texts=texts,
         text_of_item=text_of_item,
         on_progress=run.on_progress,
@@ -330,7 +334,8 @@ def _publish(
         base_version=run.plan.base_version,
         encoder=config.model.encoder,
         encoder_sha256=weights_sha256(resolve_encoder(config.model.encoder)),
-        adapted_module=trained.adapted_module,
+        adapter=config.model.adapter,
+        adapted_modules=trained.adapted_modules,
         max_tokens=config.model.max_tokens,
         lora_rank=config.model.lora_rank,
         alpha=config.train.alpha,
@@ -341,7 +346,7 @@ def _publish(
     )
     weights = VersionWeights(
         head=trained.head,
-        adapted_weight=trained.merged_weight,
+        adapted_weights=trained.adapted_weights,
         texts=ready.texts,
         text=trained.text_after,
     )

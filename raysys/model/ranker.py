@@ -1,6 +1,6 @@
-"""The trainable ranker: LoRA in the encoder's last layer, and the hybrid head.
+"""The trainable ranker: an adapter in the encoder's upper layers, and the hybrid head.
 
-    TokenActivations -> TextTower (LoRA) -> similarities + features -> HeadModule -> scores
+    TokenActivations -> Tower (adapter) -> similarities + features -> HeadModule -> scores
 
 Everything trainable goes through `per_user_linear`, so one backward pass yields per-user
 gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors come
@@ -17,7 +17,7 @@ import torch
 
 from raysys.ingest.features import NUM_FEATURES
 from raysys.model.scorer import NUM_INPUTS, Head
-from raysys.model.text_tower import TextTower
+from raysys.model.tower import Tower
 from raysys.privacy.clipping import per_user_linear
 
 
@@ -57,7 +57,7 @@ class HeadModule(torch.nn.Module):
 class RankerModule(torch.nn.Module):
     """Scores the candidates of users' requests."""
 
-    def __init__(self, tower: TextTower, head: HeadModule) -> None:
+    def __init__(self, tower: Tower, head: HeadModule) -> None:
         super().__init__()
         self.tower, self.head = tower, head
 

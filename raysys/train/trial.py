@@ -22,6 +22,7 @@ from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.pipeline import examples_path
 from raysys.ledger.records import SelectionSpend
+from raysys.model.adapter import activations_cut
 from raysys.model.encoder import TokenActivations, cache_folder, load_cached
 from raysys.model.scorer import Head
 from raysys.privacy.plan import PrivacyPlan
@@ -42,7 +43,7 @@ class Trials:
     num_steps: int
     head: Head
     """Of the previous version."""
-    adapted_weight: FloatArray | None
+    adapted_weights: Mapping[str, FloatArray] | None
     texts: list[str]
     text_of_item: IndexArray
     seed: int
@@ -69,7 +70,7 @@ class Trials:
             config,
             plan,
             head=self.head,
-            adapted_weight=self.adapted_weight,
+            adapted_weights=self.adapted_weights,
             text_of_item=self.text_of_item,
             seed=self.seed,
         )
@@ -110,7 +111,8 @@ def run_trial(
         ExampleSet.from_bytes(trials.root.read_bytes(examples_path(trials.update_id, shard)))
         for shard in range(trials.num_shards)
     ]
-    folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    cut = activations_cut(job.model, job.adapted_weights or ())
+    folder = cache_folder(job.model.encoder, job.model.max_tokens, cut)
     activations = load_cached(trials.root, folder).select(trials.texts)
     while held.latest() < trials.num_steps:
         until = min(held.latest() + (every or trials.num_steps), trials.num_steps)

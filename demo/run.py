@@ -32,6 +32,7 @@ from raysys.ingest.stats import load_item_state
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.ledger.state import State
+from raysys.privacy.accounting import statement
 from raysys.privacy.budget import report_budget
 from raysys.storage import Root
 
@@ -67,6 +68,7 @@ def main() -> int:
     summary = {
         "updates": summarise_updates(state, config, seconds),
         "rollout": rollout,
+        "epsilon_statement": statement(config.privacy.delta),
         "seconds": round(time.monotonic() - began, 1),
     }
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -286,6 +288,7 @@ def print_summary(summary: dict[str, Any], answers: list[Answer], curl: tuple[st
             f"{row['ndcg10_before']:>15.4f} {row['ndcg10_after']:>7.4f} {row['seconds']:>8.1f}  "
             f"{row['verdict']}: {row['reason']}"
         )
+    print(f"epsilon: {summary['epsilon_statement']}")
     rollout = summary["rollout"]
     if rollout["requests"]:
         print(

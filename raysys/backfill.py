@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 from raysys.config import Config
 from raysys.errors import ConfigError, EmptyPlanError
+from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted
+from raysys.ledger.records import UpdateCommitted, UserGroup
 from raysys.partitions.discover import PartitionRange
+from raysys.privacy.accounting import statement
 from raysys.privacy.budget import check_reservation
-from raysys.reserve import Planner, planned_spends
+from raysys.reserve import Planner, group_in_turn, planned_spends
 from raysys.storage import Root
 
 RunUpdate = Callable[[PartitionRange], UpdateCommitted]
@@ -69,16 +71,22 @@ class BackfillPlan:
     num_updates: int
     epsilon_after: float | None
     """Of all updates so far and these; None without privacy, or if nothing is new."""
+    statement: str
+    """What that figure is about."""
 
     def describe(self) -> str:
         """Returns the plan as one line.
 
-        >>> BackfillPlan(num_partitions=7, num_updates=3, epsilon_after=2.0).describe()
-        '7 partitions are new and take 3 updates; epsilon will be 2.000 after them'
+        >>> plan = BackfillPlan(num_partitions=7, num_updates=3, epsilon_after=2.0,
+        ...                     statement="unit: a user; delta 0.0001")
+        >>> plan.describe()[:74]
+        '7 partitions are new and take 3 updates; epsilon will be 2.000 after them '
+        >>> plan.describe()[74:]
+        '(unit: a user; delta 0.0001)'
         """
         cost = ""
         if self.epsilon_after is not None:
-            cost = f"; epsilon will be {self.epsilon_after:.3f} after them"
+            cost = f"; epsilon will be {self.epsilon_after:.3f} after them ({self.statement})"
         return f"{self.num_partitions} partitions are new and take {self.num_updates} updates{cost}"
 
 
@@ -101,10 +109,17 @@ def plan_backfill(config: Config, days: PartitionRange) -> BackfillPlan:
     try:
         plan = planner.plan(state)
     except EmptyPlanError:
-        return BackfillPlan(num_partitions=0, num_updates=0, epsilon_after=None)
+        return BackfillPlan(num_partitions=0, num_updates=0, epsilon_after=None, statement="")
     limit = days.max_partitions or config.partitions.max_partitions or len(plan.partitions)
-    spends = planned_spends(config, plan, limit)
-    after = check_reservation(state, spends, config.privacy) if config.privacy.enabled else None
+    key_id = Pseudonymizer.from_config(config.pseudonyms).key_id
+
+    def groups(ahead: int) -> UserGroup | None:
+        return group_in_turn(config, state, key_id, ahead)
+
+    spends, privacy = planned_spends(config, plan, limit, groups), config.privacy
     return BackfillPlan(
-        num_partitions=len(plan.partitions), num_updates=len(spends), epsilon_after=after
+        num_partitions=len(plan.partitions),
+        num_updates=len(spends),
+        epsilon_after=check_reservation(state, spends, privacy, root) if privacy.enabled else None,
+        statement=statement(privacy.delta),
     )

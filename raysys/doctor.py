@@ -48,6 +48,7 @@ def run_checks(path: Path) -> list[Check]:
             _check("root", partial(_root, shop)),
             _check("key", partial(_key, shop)),
             _check("encoder", partial(_encoder, shop)),
+            _check("privacy", partial(_privacy, shop)),
         ]
     checks += [_check(name, partial(_version, name)) for name in SUPPORTED]
     return [*checks, _check("haproxy", _haproxy)]
@@ -81,6 +82,18 @@ def _encoder(shop: Config) -> str:
     folder = resolve_encoder(shop.model.encoder)
     activations_cut(shop.model)  # refuses targets that the encoder lacks
     return f"{folder} has weights {weights_sha256(folder)[:12]}…"
+
+
+def _privacy(shop: Config) -> str:
+    from raysys.privacy.calibrate import describe, noise_multiplier_of, updates_paid
+
+    privacy = shop.privacy
+    if not privacy.enabled:
+        return "privacy.enabled is false: NOT PRIVATE"
+    told = f"noise {describe(shop, noise_multiplier_of(shop))}"
+    if privacy.horizon is not None and updates_paid(shop) < privacy.horizon:
+        raise ConfigError(f"{told}; leave privacy.noise_multiplier out, or raise it")
+    return told
 
 
 def _version(name: str) -> str:

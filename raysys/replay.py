@@ -179,6 +179,7 @@ def _ingest(
         user_key_id=started.user_key_id,
         key_ids=key_ids(state.committed),
         seed=commit.seed,
+        group=commit.spent.group if commit.spent else None,
     )
     return ingest(job, commit.item_files, released=_released(root, commit))
 

@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 
 from raysys.config import Config
 from raysys.errors import DataError
+from raysys.ingest.groups import cohort_group
 from raysys.ingest.pseudonym import Pseudonymizer, check_key
-from raysys.ledger.records import PartitionRef, PrivacySpend, UpdateStarted
+from raysys.ledger.records import KeptLoss, PartitionRef, PrivacySpend, UpdateStarted, UserGroup
 from raysys.ledger.state import State
 from raysys.partitions.discover import EVERYTHING, Discovered, PartitionRange, discover
 from raysys.partitions.periods import periods_of
 from raysys.partitions.plan import UpdatePlan, plan_update, range_to_list, without_empty
 from raysys.partitions.rows import partitions_without_rows
 from raysys.privacy.budget import check_reservation
-from raysys.privacy.spend import mechanisms
+from raysys.privacy.calibrate import noise_multiplier_of
+from raysys.privacy.spend import update_spend
 from raysys.storage import Root
 
 Charge = Callable[[State, PrivacySpend, str], PrivacySpend]
@@ -76,29 +78,53 @@ class Planner:
         return self._planned[1]
 
 
-def planned_spend(config: Config, plan: UpdatePlan) -> PrivacySpend:
+def group_in_turn(config: Config, state: State, key_id: str, ahead: int = 0) -> UserGroup | None:
+    """Returns the users whom the next update trains on, or one `ahead` of it; None for everyone.
+
+    Turns are counted by private updates that were started: a turn that was cut short is over, since
+    that cohort was charged for it.
+    """
+    num_cohorts = config.privacy.cohorts
+    if num_cohorts == 1 or not config.privacy.enabled:
+        return None
+    return cohort_group(num_cohorts, key_id, len(state.spends) + ahead)
+
+
+def planned_spend(config: Config, plan: UpdatePlan, group: UserGroup | None = None) -> PrivacySpend:
     """Returns the mechanisms of an update of this plan, also where privacy is off."""
-    return _spend(config, plan.partitions, first=plan.base_version is None)
+    return _spend(config, plan.partitions, group, first=plan.base_version is None)
 
 
-def planned_spends(config: Config, plan: UpdatePlan, num_partitions: int) -> list[PrivacySpend]:
+def planned_spends(
+    config: Config, plan: UpdatePlan, num_partitions: int, groups: Callable[[int], UserGroup | None]
+) -> list[PrivacySpend]:
     """Returns the mechanisms of each update, where several read `num_partitions` of a plan each.
 
     It assumes that the gate lets the first version pass: while there is none, an update trains
     for `train.bootstrap_num_steps`.
+
+    Args:
+      groups: Whom the update that is so many ahead of the next one trains on.
     """
     starts = range(0, len(plan.partitions), num_partitions)
     parts = [plan.partitions[start : start + num_partitions] for start in starts]
     first = plan.base_version is None
-    return [_spend(config, part, first=first and i == 0) for i, part in enumerate(parts)]
+    return [_spend(config, part, groups(i), first=first and i == 0) for i, part in enumerate(parts)]
 
 
-def _spend(config: Config, partitions: Sequence[PartitionRef], *, first: bool) -> PrivacySpend:
-    train = config.train
-    return mechanisms(
-        config.privacy,
-        num_steps=train.bootstrap_num_steps if first else train.num_steps,
+def _spend(
+    config: Config,
+    partitions: Sequence[PartitionRef],
+    group: UserGroup | None,
+    *,
+    first: bool,
+) -> PrivacySpend:
+    return update_spend(
+        config,
+        first=first,
         num_count_releases=len(periods_of(partitions, config.ingest.period_days)),
+        noise_multiplier=noise_multiplier_of(config),
+        group=group,
     )
 
 
@@ -125,11 +151,15 @@ def reserve(
     *,
     keys: Pseudonymizer,
     owner: str,
+    root: Root | None = None,
+    kept_loss: KeptLoss | None = None,
     charge: Charge = lambda state, spend, key_id: spend,
 ) -> UpdateStarted:
     """Decides, on the state that directly precedes the record, what the update takes.
 
     Args:
+      root: Where the privacy loss so far may be kept; without, it is composed from the records.
+      kept_loss: What was kept for the next update.
       charge: Returns what is reserved, given what a plain update would spend.
 
     Raises:
@@ -137,11 +167,11 @@ def reserve(
       BudgetExhaustedError: What privacy is left does not suffice.
     """
     check_key(keys, state.user_key_id, config.root)
-    spend = planned_spend(config, plan)
+    spend = planned_spend(config, plan, group_in_turn(config, state, keys.key_id))
     private = config.privacy.enabled
     if private:
         spend = charge(state, spend, keys.key_id)
-        check_reservation(state, [spend], config.privacy)
+        check_reservation(state, [spend], config.privacy, root)
     update_id = state.next_update_id()
     digest = hashlib.sha256(f"{config.ingest.seed} {update_id}".encode()).digest()
     return UpdateStarted(
@@ -159,4 +189,5 @@ def reserve(
         private=private,
         reserved=spend if private else None,
         permits_steps=private,
+        kept_loss=kept_loss,
     )

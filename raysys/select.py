@@ -8,6 +8,7 @@ comes by its weights is its own. Nothing of the trials that lost is released.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -63,11 +64,14 @@ def select_best(ready: Ready) -> Outcome:
     """Runs the trials; the best one's weights are the new ones."""
     reserved = ready.started.reserved
     selection = reserved.selection if reserved else None
+    spend = ready.privacy.spend
+    if selection is not None:
+        spend = dataclasses.replace(spend, num_steps=selection.num_steps, group=selection.group)
     ready.on_progress(_announcement(ready))
     trials = Trials(
         config=ready.config,
         selection=selection,
-        num_steps=ready.privacy.spend.num_steps,
+        spend=spend,
         head=ready.head,
         adapted_weights=ready.adapted_weights,
         texts=ready.texts,
@@ -92,6 +96,7 @@ def select_best(ready: Ready) -> Outcome:
     return Outcome(
         output=best.output,
         config=trials.config_of(best.values),
+        num_steps=spend.num_steps,
         selected=best.values,
         metrics={"selection": _told(best.score, ready)},
         tells_time=selection is None or selection.method == "compose",

@@ -22,7 +22,7 @@ from raysys.config import Config
 from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
-from raysys.evaluate.report import privacy_statement, render_report
+from raysys.evaluate.report import render_report
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
@@ -30,7 +30,7 @@ from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted, UpdateStarted
+from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
 from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
@@ -40,9 +40,11 @@ from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging
 from raysys.partitions.orphans import delete_orphans
 from raysys.partitions.plan import UpdatePlan
-from raysys.privacy.accounting import ACCOUNTANT
+from raysys.privacy.accounting import statement
 from raysys.privacy.budget import spent_epsilon
+from raysys.privacy.kept import keep
 from raysys.privacy.plan import PrivacyPlan
+from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
@@ -66,7 +68,6 @@ class _Run:
     started: UpdateStarted
     plan: UpdatePlan
     privacy: PrivacyPlan
-    """Of a plain update."""
     lease: Lease
     on_progress: Progress
     began: float
@@ -84,7 +85,6 @@ class Ready:
     root: Root
     started: UpdateStarted
     privacy: PrivacyPlan
-    """Of a plain update."""
     ingested: Ingested
     head: Head
     """Of the previous version."""
@@ -112,6 +112,8 @@ class Outcome:
     output: TrainOutput
     config: Config
     """With which it was trained."""
+    num_steps: int
+    """For which it was trained."""
     selected: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Dotted config key -> what a selection chose."""
     metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -130,7 +132,8 @@ def train_once(ready: Ready) -> Outcome:
         update_id=ready.started.update_id,
         num_shards=ready.ingested.num_shards,
     )
-    return Outcome(output=output, config=ready.config)
+    num_steps = ready.privacy.spend.num_steps
+    return Outcome(output=output, config=ready.config, num_steps=num_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,9 +178,18 @@ def run_update(
     owner = f"{platform.node()}:{os.getpid()}"
     strategy = strategy or Strategy()
 
+    kept: KeptLoss | None = None
+
     def decide(state: State) -> UpdateStarted:
         return reserve(
-            state, planner.plan(state), config, keys=keys, owner=owner, charge=strategy.charge
+            state,
+            planner.plan(state),
+            config,
+            keys=keys,
+            owner=owner,
+            root=root,
+            kept_loss=kept,
+            charge=strategy.charge,
         )
 
     # While another update is active, what is left for this one is open.
@@ -185,15 +197,19 @@ def run_update(
         decide(state)
         _require_catalogue(root, planner.plan(state))
     start_ray()
+    if config.privacy.enabled:
+        kept = keep(root, log.refresh())
     with Lease(log, owner=owner, duration_s=config.lease.duration_s) as lease:
         started = lease.start(decide)
         plan = planner.latest
         assert plan.partitions == started.partitions, "what is planned is what was reserved"
         state = log.refresh()
         delete_orphans(root, log)
+        if started.private:
+            _tell_epsilon(config, state, root, on_progress)
         run = _Run(
-            config=config, root=root, state=state, started=started, plan=plan,
-            privacy=plan_privacy(config, plan), lease=lease, on_progress=on_progress, began=began,
+            config=config, root=root, state=state, started=started, plan=plan, lease=lease,
+            privacy=plan_privacy(config, plan, started), on_progress=on_progress, began=began,
         )  # fmt: skip
         record = _run(run, strategy)
         lease.commit(record)
@@ -202,12 +218,17 @@ def run_update(
     return record
 
 
-def plan_privacy(config: Config, plan: UpdatePlan) -> PrivacyPlan:
-    """Returns the mechanisms of an update, known before any of its data is read."""
-    spend = planned_spend(config, plan)
-    return PrivacyPlan.for_update(
-        config.privacy, num_steps=spend.num_steps, num_count_releases=spend.num_count_releases
+def _tell_epsilon(config: Config, state: State, root: Root, on_progress: Progress) -> None:
+    privacy = config.privacy
+    on_progress(
+        f"epsilon is {spent_epsilon(state, privacy.delta, root):.3f} of {privacy.epsilon_total:g} "
+        f"with this update ({statement(privacy.delta)})"
     )
+
+
+def plan_privacy(config: Config, plan: UpdatePlan, started: UpdateStarted) -> PrivacyPlan:
+    """Returns the mechanisms of an update: those that the ledger has reserved."""
+    return PrivacyPlan.of(config.privacy, started.reserved or planned_spend(config, plan))
 
 
 def _require_catalogue(root: Root, plan: UpdatePlan) -> None:
@@ -263,6 +284,7 @@ def _ingest(run: _Run) -> Ingested:
         user_key_id=run.started.user_key_id,
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
+        group=run.privacy.group,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
@@ -358,14 +380,6 @@ def _report(
     run: _Run, version: str, outcome: Outcome, ingested: Ingested, comparison: Comparison
 ) -> str:
     partitions = run.plan.partitions
-    statement = privacy_statement(
-        # One update without privacy anywhere in the model's life voids the statement.
-        private=run.started.private and all(update.private for update in run.state.committed),
-        epsilon_spent=spent_epsilon(run.state, run.config.privacy.delta),
-        epsilon_total=run.config.privacy.epsilon_total,
-        delta=run.config.privacy.delta,
-        accountant=ACCOUNTANT,
-    )
     return render_report(
         title=f"Version {version}",
         facts={
@@ -377,12 +391,12 @@ def _report(
             "outcomes": ingested.label_counts["outcomes"],
             "requests": ingested.label_counts["requests"],
             "users": ingested.num_users,
-            "steps": run.privacy.spend.num_steps,
+            "steps": outcome.num_steps,
             **({"selected": dict(outcome.selected)} if outcome.selected else {}),
             **outcome.metrics,
         },
         metrics=dataclasses.asdict(comparison),
-        statement=statement,
+        statement=build_statement(run.state, run.config),
     )
 
 

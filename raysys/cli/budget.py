@@ -3,38 +3,83 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import is_private, print_result, privacy_lines, table
+from raysys.ledger.state import State
+
+if TYPE_CHECKING:
+    from raysys.privacy.budget import UpdateSpend
+
+_HEADER = [
+    "update", "status", "users", "steps", "noise", "releases", "selection", "epsilon alone",
+    "epsilon so far",
+]  # fmt: skip
+
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Say what the guarantee covers, and what it does not.")
+]
 
 
-def budget(config: ConfigOption, as_json: JsonOption = False) -> None:
+def budget(
+    config: ConfigOption, as_json: JsonOption = False, explain: ExplainOption = False
+) -> None:
     """Show the privacy spent by each update and what is left."""
+    if explain:
+        return _explain(config, as_json=as_json)
     from raysys.privacy.budget import report_budget
 
     shop, log = open_shop(config)
     state = log.refresh()
     report = report_budget(state, shop.privacy)
     private = is_private(state, shop)
-    statement = (
-        f"unit: a {report.unit}; neighbours: {report.relation}; delta {report.delta:g}; "
-        f"accountant: {report.accountant}"
-    )
-    rows = [
-        [u.update_id, u.status, f"{u.epsilon_alone:.3f}", f"{u.epsilon_cumulative:.3f}"]
-        for u in report.updates
-    ]
+    statement = report.statement
     print_result(
         {**dataclasses.asdict(report), "private": private, "statement": statement},
         as_json,
         [
-            *table(["update", "status", "epsilon alone", "epsilon so far"], rows),
+            *table(_HEADER, [_row(spend, state) for spend in report.updates]),
             f"epsilon {report.epsilon_spent:.3f} of {report.epsilon_total:g} spent, "
             f"{report.epsilon_left:.3f} left{_more_updates(report.updates_left)}",
             statement,
             *privacy_lines(state, shop),
         ],
     )
+
+
+def _row(spend: UpdateSpend, state: State) -> list[str]:
+    status, steps = spend.status, f"{spend.num_steps}"
+    if status == "reserved":
+        steps += f" reserved, {state.permitted_steps} may have run"
+    if status == "abandoned":
+        steps += " may have run"
+    counts = f"{spend.num_count_releases}"
+    if spend.num_evaluations:
+        counts += f" + {spend.num_evaluations} evaluations"
+    return [
+        spend.update_id,
+        status,
+        spend.group or "all",
+        steps,
+        f"{spend.noise_multiplier:g}",
+        counts,
+        spend.selection or "",
+        f"{spend.epsilon_alone:.3f}",
+        f"{spend.epsilon_cumulative:.3f}",
+    ]
+
+
+def _explain(config: Path, *, as_json: bool) -> None:
+    from raysys.privacy.statement import build_statement
+
+    shop, log = open_shop(config)
+    statement = build_statement(log.refresh(), shop)
+    body = {**dataclasses.asdict(statement), "summary": statement.summary}
+    print_result(body, as_json, statement.lines())
 
 
 def _more_updates(updates_left: int | None) -> str:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import active_json, active_lines, print_result, table
 from raysys.config import Config
-from raysys.errors import RaysysError
-from raysys.evaluate.report import NOT_PRIVATE
+from raysys.errors import ConfigError, RaysysError
 from raysys.ledger.records import PartitionRef, PrivacySpend
 from raysys.ledger.state import State
 from raysys.partitions.plan import UpdatePlan
@@ -30,13 +29,13 @@ def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
     """
     # dp-accounting takes most of a second to import, which the other commands need not wait for.
     from raysys.privacy.budget import forecast
-    from raysys.reserve import Planner, planned_spend
+    from raysys.reserve import Planner, group_in_turn, planned_spend
 
     shop, log = open_shop(config)
-    state = log.refresh()
-    planned = Planner(Root(shop.root), shop).plan(state)
-    spend = planned_spend(shop, planned)
-    expected = forecast(state, [spend], shop.privacy) if shop.privacy.enabled else None
+    root, state = Root(shop.root), log.refresh()
+    planned = Planner(root, shop).plan(state)
+    spend = planned_spend(shop, planned, group_in_turn(shop, state, _key_id(shop, state)))
+    expected = forecast(state, [spend], shop.privacy, root) if shop.privacy.enabled else None
     refusal = _refusal(shop, state, planned, spend)
     print_result(
         _body(shop, state, planned, spend, expected, refusal),
@@ -46,12 +45,22 @@ def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
             *(f"set aside  {aside.path}: {aside.reason}" for aside in planned.set_aside),
             _start_line(planned),
             f"watermark  {planned.watermark} (now {state.watermark or 'none'})",
-            *_spend_lines(spend, expected),
+            *_spend_lines(shop, spend, expected),
             *active_lines(state),
         ],
     )
     if refusal is not None:
         raise refusal
+
+
+def _key_id(shop: Config, state: State) -> str:
+    """Returns the key whose pseudonyms the update would split, as far as that can be told."""
+    from raysys.ingest.pseudonym import Pseudonymizer
+
+    try:
+        return Pseudonymizer.from_config(shop.pseudonyms).key_id
+    except ConfigError:
+        return state.user_key_id or "unknown"
 
 
 def _refusal(
@@ -67,7 +76,7 @@ def _refusal(
 
     def budget() -> None:
         if shop.privacy.enabled:
-            check_reservation(state, [spend], shop.privacy)
+            check_reservation(state, [spend], shop.privacy, Root(shop.root))
 
     checks: Sequence[Callable[[], None]] = (key, budget, lambda: check_catalogue(planned))
     for check in checks:
@@ -102,7 +111,12 @@ def _body(
         "num_left": planned.num_left,
         "spend": dataclasses.asdict(spend),
         "private": shop.privacy.enabled,
-        "privacy": expected and dataclasses.asdict(expected),
+        "privacy": expected
+        and {
+            **dataclasses.asdict(expected),
+            "statement": expected.statement,
+            "noise": _noise_line(shop, spend),
+        },
         "refusal": refusal and str(refusal),
         "active": active_json(state),
     }
@@ -132,14 +146,27 @@ def _start_line(planned: UpdatePlan) -> str:
     return f"starts     from {planned.base_version or 'a head set by hand'} and {state}"
 
 
-def _spend_lines(spend: PrivacySpend, expected: Forecast | None) -> list[str]:
+def _spend_lines(shop: Config, spend: PrivacySpend, expected: Forecast | None) -> list[str]:
     what = f"{spend.num_steps} steps and {spend.num_count_releases} releases of item counts"
+    if spend.num_evaluations:
+        what += f" and {spend.num_evaluations} of evaluations"
     if expected is None:
+        from raysys.privacy.statement import NOT_PRIVATE
+
         return [f"trains     {what}", NOT_PRIVATE]
     return [
         f"spends     {what}: epsilon {expected.epsilon_alone:.3f} alone, from "
         f"{expected.epsilon_spent:.3f} to {expected.epsilon_after:.3f} of "
         f"{expected.epsilon_total:g}, {expected.epsilon_left:.3f} left",
-        f"           unit: a {expected.unit}; neighbours: {expected.relation}; delta "
-        f"{expected.delta:g}; accountant: {expected.accountant}",
+        f"           {expected.statement}",
+        *([f"users      of group {spend.group.scheme}:{spend.group.index}"] if spend.group else []),
+        f"noise      {_noise_line(shop, spend)}",
+        f"lasts      for {expected.updates_left} updates like this one, it included",
     ]
+
+
+def _noise_line(shop: Config, spend: PrivacySpend) -> str:
+    """Returns where the noise comes from, and whether the budget lasts for the horizon with it."""
+    from raysys.privacy.calibrate import describe
+
+    return describe(shop, spend.noise_multiplier)

@@ -10,7 +10,6 @@ from typing import Any
 import typer
 
 from raysys.config import Config
-from raysys.evaluate.report import NOT_PRIVATE
 from raysys.ledger.state import State
 
 
@@ -86,5 +85,7 @@ def privacy_lines(state: State, shop: Config) -> list[str]:
     """Returns the warning of a root that is not."""
     if is_private(state, shop):
         return []
+    from raysys.privacy.statement import NOT_PRIVATE
+
     public = [update.update_id for update in state.committed if not update.private]
     return [f"{NOT_PRIVATE} Updates: {', '.join(public) or 'none yet'}"]

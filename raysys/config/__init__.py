@@ -24,6 +24,7 @@ from raysys.config.data import (
 )
 from raysys.config.load import load_config, parse_config, with_values
 from raysys.config.model import (
+    DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
@@ -35,6 +36,7 @@ from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
+    "DEFAULT_NOISE_MULTIPLIER",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",

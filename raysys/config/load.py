@@ -122,7 +122,9 @@ def _convert(hint: Any, value: object, key: str) -> object:
         return tuple(_convert(item_hint, item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is object:
         return value
-    assert not isinstance(hint, types.UnionType)
+    if isinstance(hint, types.UnionType):
+        (known,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+        return None if value is None else _convert(known, value, key)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         require(math.isfinite(value), key, value, "a finite number")
         return float(value)

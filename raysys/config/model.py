@@ -111,6 +111,10 @@ class TrainConfig:
         require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")
 
 
+DEFAULT_NOISE_MULTIPLIER = 4.5
+"""Where neither a noise multiplier nor a horizon is given."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyConfig:
     """User-level differential privacy over the model's whole life."""
@@ -121,8 +125,15 @@ class PrivacyConfig:
     """The budget of all updates together, abandoned ones included."""
     delta: float = 1e-4
     """Should be below 1 / users."""
-    noise_multiplier: float = 4.5
-    """Standard deviation of a step's noise over `l2_clip_norm`."""
+    horizon: int | None = None
+    """Updates that the budget must last for, the first one included. Without `noise_multiplier`,
+    the noise is calibrated to it."""
+    noise_multiplier: float | None = None
+    """Standard deviation of a step's noise over `l2_clip_norm`. Left out, it follows from `horizon`
+    (`raysys plan` shows it), and is 4.5 without one."""
+    cohorts: int = 1
+    """Disjoint cohorts of users that take turns, one an update. Each is charged for its own turns
+    only, and an update learns from one cohort's requests only. 1 trains on everyone each time."""
     count_noise_multiplier: float = 12.0
     """Standard deviation of a count's noise over the L2 norm that one user can add to counts."""
     l2_clip_norm: float = 1.0
@@ -133,27 +144,46 @@ class PrivacyConfig:
     """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
 
     def __post_init__(self) -> None:
-        check(self, "privacy", POSITIVE, "epsilon_total", "noise_multiplier", "l2_clip_norm")
-        check(self, "privacy", POSITIVE, "count_noise_multiplier")
+        check(self, "privacy", POSITIVE, "epsilon_total", "l2_clip_norm", "count_noise_multiplier")
         check(self, "privacy", FRACTION, "delta")
-        check(self, "privacy", AT_LEAST_1, "expected_batch_users")
+        check(self, "privacy", AT_LEAST_1, "expected_batch_users", "cohorts")
+        if self.noise_multiplier is not None:
+            check(self, "privacy", POSITIVE, "noise_multiplier")
+        if self.horizon is not None:
+            check(self, "privacy", AT_LEAST_1, "horizon")
         prob = self.sampling_prob
         require(0 < prob <= 1, "privacy.sampling_prob", prob, "a probability in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What before and after are compared on."""
+    """What before and after are compared on, and whether the figures are released with noise."""
 
     window_days: int = 7
     """The newest days of an update, scored before they are trained on."""
     max_users: int = 2000
-    """Users scored, chosen at random beyond that."""
+    """Users scored beyond whom the others are left out. Not used with `private`: where there is a
+    cap, one user who comes pushes out another, and moves the figures by both."""
     num_bootstrap: int = 1000
-    """Resamples of users behind each interval."""
+    """Resamples of users behind each interval. Not used with `private`."""
+    private: bool = False
+    """Whether figures and verdict are part of the guarantee: noise is added before anything leaves,
+    and each update is charged for it. Exact figures are then nowhere. Needs `privacy.enabled`."""
+    noise_multiplier: float = 5.0
+    """With `private`: standard deviation of the noise over what one user can move, in L2 norm. 5
+    suits 240 held-out users; ten times the users bear ten times the noise."""
+    max_difference: float = 0.1
+    """With `private`: a user's change of NDCG@10 and of AUC is clipped to plus and minus this. The
+    gate sees clipped changes: a larger one is counted as this much."""
+    sample_fraction: float = 1.0
+    """With `private`: share of users that are scored, each drawn apart from all others."""
 
     def __post_init__(self) -> None:
         check(self, "evaluate", AT_LEAST_1, "window_days", "max_users", "num_bootstrap")
+        check(self, "evaluate", POSITIVE, "noise_multiplier")
+        for name in ("max_difference", "sample_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"evaluate.{name}", value, "a fraction in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,12 @@ class Config:
             self.root,
             "file:///folder or s3://bucket/prefix",
         )
+        require(
+            self.privacy.enabled or not self.evaluate.private,
+            "evaluate.private",
+            self.evaluate.private,
+            "false where privacy.enabled is false: nothing would account for the noise",
+        )
         threshold = self.labels.decision_threshold
         require(
             threshold == LabelConfig().decision_threshold or self.train.loss == "pointwise",

@@ -1,6 +1,7 @@
 """Scores the evaluation window with the previous and the new weights, on the same features.
 
     cases below staging/ --map--> metrics of each user --driver--> Comparison -> gate
+    with evaluate.private: --map--> sums over users --driver--> + noise -> Comparison -> gate
 
 The window is scored as of its beginning. Held-out users are never trained on, so before and after
 are compared on them. The previous version is also scored on all users, before the new one has
@@ -26,12 +27,16 @@ from raysys.evaluate.metrics import (
     Comparison,
     Interval,
     bootstrap_mean,
+    places,
     ranking_metrics,
+    share_below,
 )
+from raysys.evaluate.private import KNOTS, Figures, Release, auc_masses
 from raysys.ingest.cases import Case, read_cases
 from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import FloatArray, IndexArray, ItemTable, features
 from raysys.ingest.pipeline import cases_path
+from raysys.ingest.tasks import run_tasks
 from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.storage import Root
 
@@ -46,7 +51,9 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Arms:
+class Arms:
+    """The two sets of weights and what both are judged on."""
+
     items: ItemTable
     text_of_item: IndexArray
     before: Weights
@@ -70,20 +77,25 @@ def compare(
       items: The item statistics that were public when the window began.
       text_of_item: (N,) index of each item's text.
     """
-    arms = ray.put(_Arms(items=items, text_of_item=text_of_item, before=before, after=after))
-    rows = [{"shard": shard} for shard in range(num_shards)]
+    arms = ray.put(Arms(items=items, text_of_item=text_of_item, before=before, after=after))
     evaluate = functools.partial(
         _evaluate_shard,
         root=root,
         update_id=update_id,
         arms=arms,
-        max_users=-(-config.max_users // num_shards),
+        config=config,
+        num_shards=num_shards,
     )
-    dataset = ray.data.from_items(rows, override_num_blocks=num_shards)
-    taken = dataset.map(evaluate, num_cpus=0.5).take_all()
+    taken = run_tasks(evaluate, range(num_shards), num_cpus=0.5)
+    if config.private:
+        release = Release.of(config)
+        total = np.sum([answer["total"] for answer in taken], axis=0)
+        # Once, here: a task may run again, and would draw other noise for the same sums.
+        return release.comparison(release.noise(total))
+    num = len(METRIC_NAMES)
     return _summarise(
-        np.concatenate([row["prequential"] for row in taken]),
-        np.concatenate([row["holdout"] for row in taken]),
+        np.concatenate([np.reshape(answer["prequential"], (-1, num)) for answer in taken]),
+        np.concatenate([np.reshape(answer["holdout"], (-1, 2, num)) for answer in taken]),
         config.num_bootstrap,
     )
 
@@ -99,32 +111,45 @@ def _score_all(
 
 
 def _evaluate_shard(
-    row: dict[str, Any], root: Root, update_id: str, arms: ray.ObjectRef[_Arms], max_users: int
+    shard: int,
+    root: Root,
+    update_id: str,
+    arms: ray.ObjectRef[Arms],
+    config: EvaluateConfig,
+    num_shards: int,
 ) -> dict[str, Any]:
-    held = ray.get(arms)
-    cases = list(read_cases(root.read_bytes(cases_path(update_id, row["shard"]))))
+    cases = list(read_cases(root.read_bytes(cases_path(update_id, shard))))
+    figures = measure(chosen(cases, config, num_shards), ray.get(arms))
+    if config.private:
+        return {"total": Release.of(config).total(figures).tolist()}
+    both = np.stack([figures.before, figures.after], axis=1)[figures.held_out]
+    return {"prequential": figures.before.tolist(), "holdout": both.tolist()}
+
+
+def chosen(cases: list[Case], config: EvaluateConfig, num_shards: int) -> list[Case]:
+    """Returns the cases of a shard that are scored."""
+    if config.private:
+        return [case for case in cases if case.draw < config.sample_fraction]
     # Held-out users first: the comparison needs all of them, the prequential figure a sample.
-    cases = sorted(cases, key=lambda case: not case.held_out)[:max_users]
-    prequential, holdout = [], []
-    everything = np.arange(len(held.items), dtype=np.int32)
-    for case in cases:
-        shared = features(case.history, held.items, everything, now=case.now)
-        old = _measure(case, held, held.before, shared)
-        prequential.append(old)
+    held_out_first = sorted(cases, key=lambda case: not case.held_out)
+    return held_out_first[: -(-config.max_users // num_shards)]
+
+
+def measure(cases: list[Case], arms: Arms) -> Figures:
+    """Scores each case with the previous weights, and held-out ones with the new ones too."""
+    num, everything = len(cases), np.arange(len(arms.items), dtype=np.int32)
+    before = np.zeros((num, len(METRIC_NAMES)))
+    after, masses = before.copy(), np.zeros((num, len(KNOTS)))
+    for i, case in enumerate(cases):
+        shared = features(case.history, arms.items, everything, now=case.now)
+        scores = _score_all(case, arms.text_of_item, arms.before, shared)
+        before[i] = ranking_metrics(scores, case.positives, case.gains)
+        masses[i] = auc_masses(share_below(places(scores, case.positives), len(scores)))
         if case.held_out:
-            holdout.append((old, _measure(case, held, held.after, shared)))
-    num = len(METRIC_NAMES)
-    return {
-        "prequential": np.array(prequential, np.float64).reshape(-1, num),
-        "holdout": np.array(holdout, np.float64).reshape(-1, 2, num),
-    }
-
-
-def _measure(
-    case: Case, arms: _Arms, weights: Weights, shared: FloatArray
-) -> tuple[float, float, float]:
-    scores = _score_all(case, arms.text_of_item, weights, shared)
-    return ranking_metrics(scores, case.positives, case.gains)
+            scores = _score_all(case, arms.text_of_item, arms.after, shared)
+            after[i] = ranking_metrics(scores, case.positives, case.gains)
+    held_out = np.array([case.held_out for case in cases], bool)
+    return Figures(held_out=held_out, before=before, after=after, masses=masses)
 
 
 def _summarise(

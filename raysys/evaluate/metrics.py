@@ -38,6 +38,12 @@ class Comparison:
     num_prequential_users: int
     prequential: dict[str, Interval]
     """The previous version on the window's users, held out or not, before training on them."""
+    private: bool = False
+    """Whether all of this, the numbers of users too, is estimated from sums that were noised."""
+    noise_half_width: float = 0.0
+    """Half the width that noise alone gives the interval of the difference of NDCG@10."""
+    max_difference: float | None = None
+    """A user's change of NDCG@10 and AUC was clipped to plus and minus this; None if it was not."""
 
 
 def ranking_metrics(
@@ -55,25 +61,35 @@ def ranking_metrics(
     >>> ranking_metrics(np.array([.1, .9, .5], np.float32), np.array([1]), np.array([3.0]))
     (1.0, 1.0, 1.0)
     """
+    found = places(scores, positives)
+    discount = np.where(found < TOP, 1 / np.log2(found + 2), 0)
+    ideal = np.sort(gains)[::-1][:TOP]
+    ndcg = float((gains * discount).sum() / (ideal / np.log2(np.arange(len(ideal)) + 2)).sum())
+    auc = float(share_below(found, len(scores)).mean())
+    return ndcg, float((found < TOP).any()), auc
+
+
+def places(scores: NDArray[np.float32], positives: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Returns where each positive ranks, from 0; behind every negative of the same score."""
     is_positive = np.zeros(len(scores), bool)
     is_positive[positives] = True
     order = np.lexsort((is_positive, -scores))
     place = np.empty(len(scores), np.int64)
     place[order] = np.arange(len(scores))
-    found = place[positives]
-    discount = np.where(found < TOP, 1 / np.log2(found + 2), 0)
-    ideal = np.sort(gains)[::-1][:TOP]
-    ndcg = float((gains * discount).sum() / (ideal / np.log2(np.arange(len(ideal)) + 2)).sum())
-    return ndcg, float((found < TOP).any()), _auc(np.sort(found), len(scores))
+    return place[positives]
 
 
-def _auc(found: NDArray[np.int64], num: int) -> float:
-    """Share of (positive, negative) pairs in the right order, from the positives' sorted places."""
+def share_below(found: NDArray[np.int64], num: int) -> NDArray[np.float64]:
+    """Returns the share of the negatives that each positive outranks, best first: AUC is its mean.
+
+    Args:
+      found: (P,) places of the positives.
+      num: Candidates, the positives included.
+    """
     num_negatives = num - len(found)
     if num_negatives == 0:
-        return 1.0
-    before = found - np.arange(len(found))
-    return float(1 - before.mean() / num_negatives)
+        return np.ones(len(found))
+    return 1 - (np.sort(found) - np.arange(len(found))) / num_negatives
 
 
 def bootstrap_mean(values: NDArray[np.float64], *, num_resamples: int, seed: int = 0) -> Interval:

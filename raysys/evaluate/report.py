@@ -1,6 +1,6 @@
 """The report of an update, in Markdown, for people.
 
-metrics + privacy -> render_report() -> versions/<version>/report.md
+metrics + Statement -> render_report() -> versions/<version>/report.md
 """
 
 from __future__ import annotations
@@ -9,29 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysys.evaluate.metrics import METRIC_NAMES
-
-NOT_PRIVATE = "NOT PRIVATE: trained without differential privacy (privacy.enabled: false)."
-
-
-def privacy_statement(
-    *, private: bool, epsilon_spent: float, epsilon_total: float, delta: float, accountant: str
-) -> str:
-    """Returns what is guaranteed, to whom, and what is not covered, in plain sentences."""
-    if not private:
-        return NOT_PRIVATE
-    return (
-        f"User-level differential privacy of all updates so far: epsilon {epsilon_spent:.3f} of "
-        f"{epsilon_total:g} at delta {delta:g} ({accountant}). Unit: a user; neighbours differ by "
-        "adding or removing one user. Covered: the weights and the item statistics. Not covered: "
-        "the catalogue, which counts as public; a user's own history, which ranks for that user "
-        "alone; the exact figures of evaluation and gate, and the numbers of rows and users; what "
-        "the canary measures, and that a version which it rolls back is not trained on. The noise "
-        "is floating-point Gaussian from a generator that is not cryptographic."
-    )
+from raysys.privacy.statement import Statement
 
 
 def render_report(
-    *, title: str, facts: Mapping[str, object], metrics: Mapping[str, Any], statement: str
+    *, title: str, facts: Mapping[str, object], metrics: Mapping[str, Any], statement: Statement
 ) -> str:
     """Returns the report of one update.
 
@@ -42,18 +24,30 @@ def render_report(
     lines = [
         f"# {title}",
         "",
-        statement,
+        statement.summary,
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
     ]
-    lines += ["", f"## Held-out users ({metrics['num_holdout_users']})", ""]
+    about = "about " if metrics["private"] else ""
+    lines += ["", f"## Held-out users ({about}{metrics['num_holdout_users']})", ""]
+    if metrics["private"]:
+        lines += [_noised(metrics["max_difference"]), ""]
     lines += ["| | before | after | difference |", "|---|---|---|---|"]
     for name in METRIC_NAMES:
         cells = (_cell(metrics[arm][name]) for arm in ("before", "after", "difference"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"## Before training, all users ({metrics['num_prequential_users']})", ""]
+    num = metrics["num_prequential_users"]
+    lines += ["", f"## Before training, all users ({about}{num})", ""]
     lines += [f"- {name}: {_cell(metrics['prequential'][name])}" for name in METRIC_NAMES]
+    lines += ["", "## Privacy", "", *statement.lines()]
     return "\n".join(lines) + "\n"
+
+
+def _noised(max_difference: float) -> str:
+    return (
+        "Noise was added to all figures and numbers of users; the intervals allow for it. A user's "
+        f"change of NDCG@10 or AUC counts as {max_difference:g} at most, either way."
+    )
 
 
 def _cell(interval: Mapping[str, float]) -> str:

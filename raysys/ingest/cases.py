@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from raysys.ingest.features import IndexArray, UserHistory
 from raysys.ingest.history import Histories
 
+_HISTORY = ("items", "count", "decayed", "first_ts", "last_ts")
 CASE_SCHEMA = {
     "held_out": pl.Boolean(),
+    "draw": pl.Float64(),
     "now": pl.Float64(),
     "positives": pl.List(pl.Int32()),
     "gains": pl.List(pl.Float32()),
-    **{
-        name: pl.List(pl.Int32() if name == "items" else pl.Float64())
-        for name in ("items", "count", "decayed", "first_ts", "last_ts")
-    },
+    **{name: pl.List(pl.Int32() if name == "items" else pl.Float64()) for name in _HISTORY},
 }
 
 
@@ -33,6 +32,8 @@ class Case:
     """One user's evaluation window, seen from its beginning."""
 
     held_out: bool
+    draw: float
+    """Uniform in [0, 1), of this user alone: who is below a fraction depends on nobody else."""
     history: UserHistory
     positives: IndexArray
     gains: NDArray[np.float32]
@@ -40,7 +41,12 @@ class Case:
 
 
 def build_cases(
-    outcomes: pl.DataFrame, lookup: Histories, window_start: float, held_out: pl.DataFrame
+    outcomes: pl.DataFrame,
+    lookup: Histories,
+    window_start: float,
+    held_out: pl.DataFrame,
+    *,
+    seed: int,
 ) -> pl.DataFrame:
     """Returns a row of CASE_SCHEMA for each user with an outcome since `window_start`.
 
@@ -48,20 +54,23 @@ def build_cases(
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
       held_out: HELD_OUT_SCHEMA of at least these users.
+      seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)
     users = (
         window.group_by("user", maintain_order=True)
         .agg(pl.col("item", "gain"))
         .join(held_out, on="user", how="left", maintain_order="left")
+        .with_columns(draw=pl.col("user").hash(seed) / 2.0**64)
     )
     rows = []
     for user in users.iter_rows(named=True):
         history = lookup.at(user["user"], window_start)
         positives, gains = strongest(user["item"], user["gain"])
-        columns = {name: getattr(history, name).tolist() for name in list(CASE_SCHEMA)[4:]}
+        columns = {name: getattr(history, name).tolist() for name in _HISTORY}
         chosen = {"positives": positives.tolist(), "gains": gains.tolist()}
-        rows.append({"held_out": user["held_out"], "now": window_start, **chosen, **columns})
+        own = {"held_out": user["held_out"], "draw": user["draw"], "now": window_start}
+        rows.append({**own, **chosen, **columns})
     return pl.DataFrame(rows, schema=CASE_SCHEMA)
 
 
@@ -71,10 +80,10 @@ def read_cases(data: bytes) -> Iterator[Case]:
         history = UserHistory(
             items=np.array(row["items"], np.int32),
             as_of=row["now"],
-            **{name: np.array(row[name], np.float64) for name in list(CASE_SCHEMA)[5:]},
+            **{name: np.array(row[name], np.float64) for name in _HISTORY[1:]},
         )
         yield Case(
-            held_out=row["held_out"], history=history, now=row["now"],
+            held_out=row["held_out"], draw=row["draw"], history=history, now=row["now"],
             positives=np.array(row["positives"], np.int32),
             gains=np.array(row["gains"], np.float32),
         )  # fmt: skip

@@ -23,10 +23,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from raysys.config import IngestConfig, LabelConfig
+from raysys.errors import PrivacyError
 from raysys.ingest.bound import sample_per_group
 from raysys.ingest.cases import build_cases, strongest
 from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
 from raysys.ingest.features import Published, UserHistory, features
+from raysys.ingest.groups import in_group
 from raysys.ingest.history import HISTORY_SCHEMA, Histories, merge_histories
 from raysys.ingest.labels import (
     IMPRESSION_SCHEMA,
@@ -40,6 +42,7 @@ from raysys.ingest.periods import period_of
 from raysys.ingest.pseudonym import HELD_OUT_SCHEMA, draw_held_out
 from raysys.ingest.sample import NegativeSampler, max_candidates
 from raysys.ingest.stats import Timeline
+from raysys.ledger.records import UserGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,10 @@ class ShardSettings:
     seed: int
     """Of caps and negatives. Each request draws by itself: removing a user changes nobody else's
     examples, even for whoever knows the seed."""
+    user_key_id: str = ""
+    """The key of the pseudonyms."""
+    group: UserGroup | None = None
+    """The users who are trained on: the others are not charged. None for everyone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +113,7 @@ class ShardResult:
     """Where the outcomes went: `labels.OUTCOME_FATES`."""
     requests: dict[str, int]
     """Where the requests went that were ready: trained, over the user's cap, no outcome for a loss
-    that needs one, held out."""
+    that needs one, held out; of another group, where the update trains on a group alone."""
 
 
 def build_shard(
@@ -131,11 +138,12 @@ def build_shard(
     seen = pl.concat([before.users, outcomes["user"], shown["user"]])
     held_out = draw_held_out(seen, before.held_out, settings.ingest.holdout_fraction)
     requests, fates = _requests(labelled, held_out, settings)
+    _require_group(requests["user"], settings)
     window = _after_history(outcomes, before.histories)
     lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
-        cases=build_cases(window, lookup, settings.window_start, held_out),
+        cases=build_cases(window, lookup, settings.window_start, held_out, seed=settings.seed),
         state=_state_after(before, labelled, held_out, settings),
         num_users=outcomes["user"].n_unique(),
         impressions=labelled.impressions,
@@ -212,7 +220,8 @@ def _requests(
     )
     requests = pl.concat([shown, unshown], how="diagonal")
     in_training = held_out.filter(~pl.col("held_out"))
-    trained = requests.join(in_training, on="user", how="semi", maintain_order="left").with_columns(
+    trainable = requests.join(in_training, on="user", how="semi", maintain_order="left")
+    trained = trainable.filter(_in_group(trainable["user"], settings)).with_columns(
         _positive=pl.col("gain").list.max() > 0
     )
     useful = trained.filter("_positive") if settings.needs_outcome else trained
@@ -225,9 +234,27 @@ def _requests(
         "trained": num_trained,
         "over_cap": len(useful) - num_trained,
         "no_outcome": len(trained) - len(useful),
-        "held_out": len(requests) - len(trained),
+        "held_out": len(requests) - len(trainable),
     }
+    if settings.group is not None:
+        fates["other_group"] = len(trainable) - len(trained)
     return kept.sort("user", "ts", "request_id", "copy"), fates
+
+
+def _in_group(users: pl.Series, settings: ShardSettings) -> pl.Series:
+    if settings.group is None:
+        return pl.repeat(True, len(users), eager=True)
+    return pl.Series(in_group(users, settings.group, key_id=settings.user_key_id), dtype=pl.Boolean)
+
+
+def _require_group(users: pl.Series, settings: ShardSettings) -> None:
+    """Refuses to train on anyone who is not charged: afterwards nobody could tell who it was."""
+    num_others = int((~_in_group(users, settings)).sum())
+    if num_others:
+        raise PrivacyError(
+            f"{num_others} of {len(users)} examples are of users outside the group "
+            f"{settings.group}, which alone is charged; nothing was trained: report this as a bug"
+        )
 
 
 def _examples(requests: pl.DataFrame, lookup: Histories, settings: ShardSettings) -> ExampleSet:

@@ -33,6 +33,18 @@ def cohort_group(num_cohorts: int, key_id: str, turn: int) -> UserGroup:
     return UserGroup(scheme=f"cohorts/{num_cohorts}/{key_id}", index=turn % num_cohorts)
 
 
+def next_in_turn(group: UserGroup | None) -> UserGroup | None:
+    """Returns whose turn it is after a group's; groups that do not take turns stay.
+
+    >>> next_in_turn(UserGroup(scheme="cohorts/8/7ecd1ca3", index=7))
+    UserGroup(scheme='cohorts/8/7ecd1ca3', index=0)
+    """
+    match = _SCHEME.fullmatch(group.scheme) if group else None
+    if group is None or match is None or match["kind"] != "cohorts":
+        return group
+    return UserGroup(scheme=group.scheme, index=(group.index + 1) % int(match["size"]))
+
+
 def tuning_group(fraction: float, key_id: str, *, tuned_on: bool = True) -> UserGroup:
     """Returns the users who are kept for tuning, or all others.
 

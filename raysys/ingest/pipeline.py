@@ -56,7 +56,7 @@ from raysys.ingest.stats import (
     upsert,
 )
 from raysys.ingest.tasks import run_tasks
-from raysys.ledger.records import FileRef, PartitionRef
+from raysys.ledger.records import FileRef, PartitionRef, UserGroup
 from raysys.partitions.layout import SEEN, quarantine, staging, state_folder
 from raysys.partitions.periods import Period, periods_of, window_start
 from raysys.storage import Root
@@ -83,6 +83,8 @@ class IngestJob:
     """Earlier update -> the key of the pseudonyms in its state."""
     seed: int
     """Of caps and negatives, so that a retried task makes the same."""
+    group: UserGroup | None = None
+    """The users who are trained on; None for everyone."""
 
     @property
     def num_shards(self) -> int:
@@ -310,6 +312,8 @@ def _settings(job: IngestJob, timeline: Timeline) -> ShardSettings:
         labels=job.config.labels,
         needs_outcome=job.config.train.loss == "listwise",
         seed=job.seed,
+        user_key_id=job.user_key_id,
+        group=job.group,
     )
 
 

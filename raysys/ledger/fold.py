@@ -18,6 +18,7 @@ from raysys.ledger import rules
 from raysys.ledger.records import (
     Entry,
     FileRef,
+    KeptLoss,
     LeaseRenewed,
     PrivacySpend,
     PseudonymsRotated,
@@ -79,6 +80,7 @@ class Draft:
     unreadable_files: dict[str, str]
     consumed_item_files: dict[str, FileRef]
     spends: list[tuple[str, PrivacySpend, SpendStatus]]
+    kept_loss: KeptLoss | None
     head_state: str | None
     user_key_id: str | None
     rotations: list[PseudonymsRotated]
@@ -249,6 +251,7 @@ def _start(draft: Draft, record: UpdateStarted, entry: Entry) -> None:
         renewed_in=entry.sequence,
     )
     draft.num_started += 1
+    draft.kept_loss = record.kept_loss or draft.kept_loss
     if record.reserved is not None:
         draft.place_in_spends[record.update_id] = len(draft.spends)
         draft.spends.append((record.update_id, record.reserved, "reserved"))

@@ -24,6 +24,8 @@ from raysys.ledger.codec import Reviver, class_reviver
 from raysys.ledger.seal import broken_seal, digest, seal
 
 SCHEMA_VERSION = 3
+KEPT_LOSSES = "ledger/privacy"
+"""The folder of what `KeptLoss` names."""
 
 Verdict = Literal["passed", "held"]
 RolloutPhase = Literal["canary", "promoted", "rolled_back"]
@@ -127,6 +129,22 @@ class PrivacySpend:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeptLoss:
+    """Names a file with the composed privacy loss of the oldest private updates, all ended.
+
+    A cache and never the truth: without it, the loss is composed from the spends of the records.
+    """
+
+    num_updates: int
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """Where the file lies below the root."""
+        return f"{KEPT_LOSSES}/{self.num_updates:06d}-{self.sha256}.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateStarted:
     """Takes the lease and reserves partitions and privacy, before anything private is computed."""
 
@@ -149,6 +167,8 @@ class UpdateStarted:
     permits_steps: bool = False
     """Whether its private steps run only after a `StepsPermitted`. Without, as in the ledgers of
     older releases, nobody knows how many ran, and it stays charged for all that it reserved."""
+    kept_loss: KeptLoss | None = None
+    """The newest there is; the next update starts composing from it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from raysys.ledger.fold import ActiveUpdate, Draft, SpendStatus
 from raysys.ledger.records import (
     Entry,
     FileRef,
+    KeptLoss,
     PrivacySpend,
     PseudonymsRotated,
     Record,
@@ -58,6 +59,8 @@ class State:
     spends: tuple[tuple[str, PrivacySpend, SpendStatus], ...] = ()
     """What each private update is charged: its reservation until it ends; then what it committed,
     or, if it is abandoned, the reservation with no more steps than were permitted."""
+    kept_loss: KeptLoss | None = None
+    """Where the composed privacy loss of the first of them is kept, if it is."""
     head_state: str | None = None
     """The update whose `state/` the next update starts from: the last commit, held or not, or a
     rotation of its pseudonyms."""

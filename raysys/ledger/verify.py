@@ -6,10 +6,12 @@ records 1, 2, ... -> fold (hashes, order, rules) -> compare with each snapshot -
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from itertools import islice
 
 from raysys.errors import LedgerCorruptError
 from raysys.ledger.reader import Reader
+from raysys.ledger.records import KeptLoss
 from raysys.ledger.snapshots import Snapshots, snapshot_path
 from raysys.ledger.state import State, fold
 from raysys.storage import Root
@@ -25,11 +27,12 @@ class Verified:
     snapshots: tuple[int, ...]
     """Records of which there is a snapshot that says the same."""
     ignored: tuple[str, ...]
-    """Snapshots that no reader uses, each with the reason. They do no harm."""
+    """Snapshots, and the kept privacy loss, that no reader uses, each with the reason. They do no
+    harm."""
 
 
 def verify(root: Root) -> Verified:
-    """Reads every record and every snapshot.
+    """Reads every record, every snapshot and the kept privacy loss.
 
     Raises:
       LedgerCorruptError: Names the first bad record, or a snapshot that would deceive a reader.
@@ -40,9 +43,9 @@ def verify(root: Root) -> Verified:
     state, good, ignored = State(), list[int](), list[str]()
     for sequence in snapshots.sequences():
         state = fold(islice(entries, max(0, sequence - state.sequence)), state)
-        found, problem = snapshots.open(sequence)
+        found, why = snapshots.open(sequence)
         if found is None:
-            ignored.append(f"{snapshot_path(sequence)} {problem}")
+            ignored.append(f"{snapshot_path(sequence)} {why}")
         elif found != state:
             raise LedgerCorruptError(
                 f"{root.uri}/{snapshot_path(sequence)} says something else than the records up to "
@@ -51,9 +54,19 @@ def verify(root: Root) -> Verified:
         else:
             good.append(sequence)
     state = fold(entries, state)
+    if state.kept_loss and (problem := _kept_loss_problem(root, state.kept_loss)):
+        ignored.append(f"{state.kept_loss.path} {problem}: the budget is composed from the records")
     return Verified(
         num_records=state.sequence,
         last_hash=state.hash,
         snapshots=tuple(good),
         ignored=tuple(ignored),
     )
+
+
+def _kept_loss_problem(root: Root, kept: KeptLoss) -> str | None:
+    try:
+        data = root.read_bytes(kept.path)
+    except FileNotFoundError:
+        return "is gone"
+    return None if hashlib.sha256(data).hexdigest() == kept.sha256 else "was changed"

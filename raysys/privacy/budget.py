@@ -3,24 +3,29 @@
     State.spends + reservations of further updates -> check_reservation() | forecast()
     State.spends -> report_budget()
 
-A started update counts in full from its reservation on. If it commits, what it spent replaces
-the reservation; if it is abandoned, the reservation stays: noised gradients may have left the
-process, and nobody can prove that they did not.
+A started update counts in full from its reservation on. What it commits replaces the reservation.
+If it is abandoned, the reservation stays, less the steps that were never permitted: noised
+gradients of the others may have left the process, and nobody can prove that they did not.
+
+Where a `root` is given, what is kept there of the composed loss is used (`privacy.kept`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from raysys.config import PrivacyConfig
 from raysys.errors import BudgetExhaustedError
-from raysys.ledger.records import PrivacySpend
+from raysys.ingest.groups import next_in_turn
+from raysys.ledger.records import PrivacySpend, UserGroup
 from raysys.ledger.state import State
-from raysys.privacy.accounting import ACCOUNTANT, RELATION, UNIT, epsilon
-
-MAX_UPDATES_SHOWN = 1000
-"""Further updates beyond which `updates_left` stops counting."""
+from raysys.privacy.accounting import ACCOUNTANT, RELATION, UNIT, statement
+from raysys.privacy.calibrate import MAX_UPDATES_COUNTED, most_that_fits
+from raysys.privacy.composed import Composed
+from raysys.privacy.kept import life_so_far
+from raysys.storage import Root
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +35,16 @@ class UpdateSpend:
     update_id: str
     status: str
     """`reserved`, `committed` or `abandoned`."""
+    num_steps: int
+    """Charged. Of a running update all that it reserved, of an abandoned one those that may have
+    run."""
+    noise_multiplier: float
+    num_count_releases: int
+    num_evaluations: int
+    group: str | None
+    """The users whom the steps read, None for all."""
+    selection: str | None
+    """The trials that it chose from, if it did."""
     epsilon_alone: float
     epsilon_cumulative: float
 
@@ -50,10 +65,15 @@ class BudgetReport:
     accountant: str
     updates: tuple[UpdateSpend, ...]
 
+    @property
+    def statement(self) -> str:
+        """What an epsilon of the report is about."""
+        return statement(self.delta)
 
-def spent_epsilon(state: State, delta: float) -> float:
+
+def spent_epsilon(state: State, delta: float, root: Root | None = None) -> float:
     """Returns the epsilon of all updates so far, reserved and abandoned ones included."""
-    return epsilon([spend for _, spend, _ in state.spends], delta)
+    return life_so_far(root, state).epsilon(delta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,22 +87,35 @@ class Forecast:
     epsilon_after: float
     epsilon_left: float
     """After them; negative if they would be refused."""
+    updates_left: int
+    """Updates like the last of them that fit into what is left now."""
     epsilon_total: float
     delta: float
     unit: str
     relation: str
     accountant: str
 
+    @property
+    def statement(self) -> str:
+        """What an epsilon of the forecast is about."""
+        return statement(self.delta)
 
-def forecast(state: State, further: Sequence[PrivacySpend], config: PrivacyConfig) -> Forecast:
+
+def forecast(
+    state: State,
+    further: Sequence[PrivacySpend],
+    config: PrivacyConfig,
+    root: Root | None = None,
+) -> Forecast:
     """Returns what further updates of these spends would bring epsilon to."""
-    spends = [spend for _, spend, _ in state.spends]
-    after = epsilon([*spends, *further], config.delta)
+    spent = life_so_far(root, state)
+    after = spent.plus(*further).epsilon(config.delta)
     return Forecast(
-        epsilon_spent=epsilon(spends, config.delta),
-        epsilon_alone=epsilon(further, config.delta),
+        epsilon_spent=spent.epsilon(config.delta),
+        epsilon_alone=Composed.nothing().plus(*further).epsilon(config.delta),
         epsilon_after=after,
         epsilon_left=config.epsilon_total - after,
+        updates_left=updates_left(spent, further[-1], config),
         epsilon_total=config.epsilon_total,
         delta=config.delta,
         unit=UNIT,
@@ -92,21 +125,24 @@ def forecast(state: State, further: Sequence[PrivacySpend], config: PrivacyConfi
 
 
 def check_reservation(
-    state: State, further: Sequence[PrivacySpend], config: PrivacyConfig
+    state: State,
+    further: Sequence[PrivacySpend],
+    config: PrivacyConfig,
+    root: Root | None = None,
 ) -> float:
     """Returns the epsilon after further updates of these spends.
 
     Raises:
       BudgetExhaustedError: It would exceed `epsilon_total`.
     """
-    spends = [spend for _, spend, _ in state.spends]
-    after = epsilon([*spends, *further], config.delta)
+    spent = life_so_far(root, state)
+    after = spent.plus(*further).epsilon(config.delta)
     if after > config.epsilon_total:
         what = "this update" if len(further) == 1 else f"these {len(further)} updates"
         raise BudgetExhaustedError(
             f"{what} would bring epsilon to {after:.3f} of privacy.epsilon_total "
-            f"{config.epsilon_total:g} (spent {epsilon(spends, config.delta):.3f}, delta "
-            f"{config.delta:g}, unit: a {UNIT}); nothing was read or spent: train fewer steps, "
+            f"{config.epsilon_total:g} (spent {spent.epsilon(config.delta):.3f}; "
+            f"{statement(config.delta)}); nothing was read or spent: train fewer steps, "
             "with more noise, or decide on a larger budget"
         )
     return after
@@ -114,25 +150,32 @@ def check_reservation(
 
 def report_budget(state: State, config: PrivacyConfig) -> BudgetReport:
     """Returns the spend by update and what is left, under the config's total and delta."""
-    updates, so_far = [], []
+    updates, composed = list[UpdateSpend](), Composed.nothing()
     for update_id, spend, status in state.spends:
-        so_far.append(spend)
+        composed = composed.plus(spend)
         updates.append(
             UpdateSpend(
                 update_id=update_id,
                 status=status,
-                epsilon_alone=epsilon([spend], config.delta),
-                epsilon_cumulative=epsilon(so_far, config.delta),
+                num_steps=spend.num_steps,
+                noise_multiplier=spend.noise_multiplier,
+                num_count_releases=spend.num_count_releases,
+                num_evaluations=spend.num_evaluations,
+                group=_named(spend.group),
+                selection=_selection(spend),
+                epsilon_alone=_alone(spend, config.delta),
+                epsilon_cumulative=composed.epsilon(config.delta),
             )
         )
     spent = updates[-1].epsilon_cumulative if updates else 0.0
+    last = _next_like_the_last(state)
     return BudgetReport(
         enabled=config.enabled,
         epsilon_total=config.epsilon_total,
         delta=config.delta,
         epsilon_spent=spent,
         epsilon_left=max(config.epsilon_total - spent, 0.0),
-        updates_left=_updates_left(so_far, config) if so_far else None,
+        updates_left=updates_left(composed, last, config) if last else None,
         unit=UNIT,
         relation=RELATION,
         accountant=ACCOUNTANT,
@@ -140,17 +183,43 @@ def report_budget(state: State, config: PrivacyConfig) -> BudgetReport:
     )
 
 
-def _updates_left(spends: list[PrivacySpend], config: PrivacyConfig) -> int:
-    """Bisects for the most repetitions of the last spend that still fit."""
+def updates_left(spent: Composed, like: PrivacySpend, config: PrivacyConfig) -> int:
+    """Returns how many more updates fit; cohorts go on taking turns, from that of `like` on."""
+    turns = [like]
 
     def fits(num: int) -> bool:
-        return epsilon([*spends, *[spends[-1]] * num], config.delta) <= config.epsilon_total
+        while len(turns) < num:
+            group = next_in_turn(turns[-1].group)
+            turns.append(dataclasses.replace(turns[-1], group=group))
+        return spent.plus(*turns[:num]).epsilon(config.delta) <= config.epsilon_total
 
-    low, high = 0, 1
-    while high <= MAX_UPDATES_SHOWN and fits(high):
-        low, high = high, high * 2
-    high = min(high, MAX_UPDATES_SHOWN + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return most_that_fits(fits, max(MAX_UPDATES_COUNTED, config.horizon or 0))
+
+
+@functools.lru_cache
+def _alone(spend: PrivacySpend, delta: float) -> float:
+    return Composed.nothing().plus(spend).epsilon(delta)
+
+
+def _next_like_the_last(state: State) -> PrivacySpend | None:
+    """Returns what the next update would spend if it were like the last one that trained."""
+    trained = [
+        spend
+        for _, spend, status in state.spends
+        if status != "abandoned" and spend.num_steps and spend.selection is None
+    ]
+    if last := next(reversed(trained or [spend for _, spend, _ in state.spends]), None):
+        return dataclasses.replace(last, group=next_in_turn(last.group))
+    return None
+
+
+def _named(group: UserGroup | None) -> str | None:
+    return f"{group.scheme}:{group.index}" if group else None
+
+
+def _selection(spend: PrivacySpend) -> str | None:
+    if (selection := spend.selection) is None:
+        return None
+    on_average = " on average" if selection.method == "repeat" else ""
+    trials = f"{selection.mean_trials:g} trials{on_average} of {selection.num_steps} steps"
+    return f"{selection.method}: {trials}"

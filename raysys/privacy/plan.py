@@ -1,7 +1,8 @@
 """One frozen object from which sampler, noise and accounting of an update are all built.
 
-    PrivacyPlan.for_update(config, …) -> .spend (reserved in the ledger)
-                                      -> .sampler(num_users), .optimizer(…) (on each worker)
+    PrivacyPlan.of(config, spend) -> .spend (as the ledger reserved it)
+                                  -> .group (whose examples ingest makes)
+                                  -> .sampler(num_users), .optimizer(…) (on each worker)
 
 Sampler and accountant cannot disagree, because neither gets its numbers from anywhere else.
 """
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from opacus.optimizers import DistributedDPOptimizer
 
-from raysys.config import PrivacyConfig
-from raysys.ledger.records import PrivacySpend
+from raysys.config import EvaluateConfig, PrivacyConfig
+from raysys.ledger.records import PrivacySpend, UserGroup
 from raysys.privacy.sampling import PoissonSampler
 from raysys.privacy.spend import mechanisms
 
@@ -33,16 +34,37 @@ class PrivacyPlan:
     expected_batch_users: int
 
     @classmethod
-    def for_update(
-        cls, config: PrivacyConfig, *, num_steps: int, num_count_releases: int
-    ) -> PrivacyPlan:
-        """Plans an update from the config and from what is known before any data is read."""
+    def of(cls, config: PrivacyConfig, spend: PrivacySpend) -> PrivacyPlan:
+        """Plans what is, or would be, reserved."""
         return cls(
             enabled=config.enabled,
-            spend=mechanisms(config, num_steps=num_steps, num_count_releases=num_count_releases),
+            spend=spend,
             l2_clip_norm=config.l2_clip_norm,
             expected_batch_users=config.expected_batch_users,
         )
+
+    @classmethod
+    def for_update(
+        cls,
+        config: PrivacyConfig,
+        *,
+        num_steps: int,
+        num_count_releases: int,
+        evaluate: EvaluateConfig | None = None,
+    ) -> PrivacyPlan:
+        """Plans an update from the config and from what is known before any data is read."""
+        spend = mechanisms(
+            config,
+            num_steps=num_steps,
+            num_count_releases=num_count_releases,
+            evaluate=evaluate,
+        )
+        return cls.of(config, spend)
+
+    @property
+    def group(self) -> UserGroup | None:
+        """The users who are charged for the steps: nobody else's examples may be trained on."""
+        return self.spend.group if self.enabled else None
 
     @property
     def reserved(self) -> PrivacySpend | None:

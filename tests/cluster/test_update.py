@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from raysys.cli import app
 from raysys.config import load_config
 from raysys.errors import LeaseHeldError, PartitionChangedError, ReplayMismatchError
-from raysys.evaluate.report import NOT_PRIVATE
 from raysys.ingest.shard_state import load_histories
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import LeaseRenewed, UpdateCommitted, UpdateStarted
+from raysys.privacy.statement import NOT_PRIVATE
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import load_version
 from raysys.registry.version import version_path

@@ -61,7 +61,9 @@ def test_catches_up_in_bounded_updates_oldest_first(shop: Shop, capsys: Any) -> 
     assert find_problems(shop.root) == []
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "[backfill] 7 partitions are new and take 3 updates; epsilon will be 0.030 after them\n"
+        "[backfill] 7 partitions are new and take 3 updates; epsilon will be 0.030 after them "
+        "(unit: a user; neighbours: add or remove one user; delta 0.0001; accountant: PLD "
+        "(dp-accounting), pessimistic)\n"
     )
     assert "[backfill] 3 updates committed; nothing new below" in printed
 

@@ -12,11 +12,20 @@ from raysys.config import PrivacyConfig
 from raysys.errors import BudgetExhaustedError
 from raysys.ledger.records import PrivacySpend, Record, UpdateStarted
 from raysys.ledger.state import State
-from raysys.privacy.accounting import epsilon
+from raysys.privacy import accounting
 from raysys.privacy.budget import check_reservation, report_budget, spent_epsilon
+from raysys.privacy.composed import Composed
 from tests.helpers import SPEND, abandoned, committed, folded, partition, started
 
 CONFIG = PrivacyConfig(epsilon_total=2.0, delta=1e-4)
+
+
+def epsilon(spends: list[PrivacySpend], delta: float) -> float:
+    """Composed one by one, as the ledger's life is."""
+    composed = Composed.nothing()
+    for spend in spends:
+        composed = composed.plus(spend)
+    return composed.epsilon(delta)
 
 
 def start(number: int, reserved: PrivacySpend | None = SPEND) -> UpdateStarted:
@@ -34,6 +43,11 @@ def with_updates(num: int) -> State:
     )
 
 
+def test_composing_one_by_one_is_never_less_than_all_at_once_and_hardly_more() -> None:
+    at_once = accounting.epsilon([SPEND] * 30, CONFIG.delta)
+    assert at_once <= epsilon([SPEND] * 30, CONFIG.delta) < at_once * 1.001
+
+
 def test_an_update_within_the_budget_is_told_what_it_will_have_spent() -> None:
     after = check_reservation(with_updates(1), [SPEND], CONFIG)
     assert after == pytest.approx(epsilon([SPEND, SPEND], CONFIG.delta))
@@ -48,7 +62,7 @@ def test_the_update_that_would_exceed_the_budget_is_refused_with_the_numbers() -
         check_reservation(state, [SPEND], tight)
     text = str(refused.value)
     assert f"to {after:.3f} of privacy.epsilon_total {tight.epsilon_total:g}" in text
-    assert f"(spent {spent:.3f}, delta 0.0001, unit: a user)" in text
+    assert f"(spent {spent:.3f}; unit: a user; neighbours: add or remove one user; delta" in text
     assert "\n" not in text
 
     wide = dataclasses.replace(CONFIG, epsilon_total=after)

@@ -7,11 +7,11 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import PoissonSampledDpEvent
 from typer.testing import CliRunner, Result
 
 import raysys.doctor
@@ -19,7 +19,9 @@ from raysys.cli import app
 from raysys.errors import ConfigError, StorageUnavailableError
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
-from raysys.ledger.records import PrivacySpend, Record
+from raysys.ledger.records import Record
+from raysys.privacy import budget
+from raysys.privacy.composed import Composed
 from raysys.storage import Root
 from tests.helpers import SPEND, abandoned, committed, partition, started, write_config
 from tests.update_shop import contents
@@ -118,10 +120,14 @@ class TestStatus:
 def counted_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composes by counting steps: the accountant has tests of its own, and takes seconds."""
 
-    def count(spends: Iterable[PrivacySpend], delta: float) -> float:
-        return float(sum(spend.num_steps for spend in spends)) / 10
+    def count(self: Composed, delta: float) -> float:
+        ran = self.everyone[None].ran.items()
+        steps = [num for event, num in ran if isinstance(event, PoissonSampledDpEvent)]
+        return float(sum(steps)) / 10
 
-    monkeypatch.setattr("raysys.privacy.budget.epsilon", count)
+    monkeypatch.setattr(Composed, "epsilon", count)
+    monkeypatch.setattr(budget, "_alone", budget._alone.__wrapped__)
+    monkeypatch.setattr("raysys.privacy.calibrate.updates_paid", lambda config: 7)
 
 
 @pytest.mark.usefixtures("counted_epsilon")
@@ -424,7 +430,7 @@ class TestDoctor:
         assert result.exit_code == 0, result.output
         lines = result.stdout.splitlines()
         assert all(line.startswith("ok") for line in lines)
-        names = ["config", "root", "key", "encoder", "python", "ray", "torch", "haproxy"]
+        names = ["config", "root", "key", "encoder", "privacy", "python", "ray", "torch", "haproxy"]
         assert [line.split()[1] for line in lines] == names
         assert root.list("") == []
 

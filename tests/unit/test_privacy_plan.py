@@ -54,7 +54,7 @@ def test_the_ledger_is_charged_for_what_sampler_and_optimizer_do(world: None) ->
     assert (len(sampler), sampler.sampling_prob) == (15, CONFIG.sampling_prob)
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     optimizer = plan.optimizer(inner, num_workers=1)
-    assert optimizer.noise_multiplier == plan.spend.noise_multiplier == CONFIG.noise_multiplier
+    assert optimizer.noise_multiplier == plan.spend.noise_multiplier == 4.5
     assert optimizer.max_grad_norm == CONFIG.l2_clip_norm
     assert optimizer.expected_batch_size == CONFIG.expected_batch_users
 

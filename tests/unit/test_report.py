@@ -1,19 +1,27 @@
-"""A report shows the figures it was given, and says plainly what is private and what is not."""
+"""A report shows the figures it was given, and stands on the privacy statement."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
-from raysys.evaluate.report import NOT_PRIVATE, privacy_statement, render_report
+from raysys.evaluate.report import render_report
+from raysys.privacy.statement import Statement
 
-
-def statement(*, private: bool) -> str:
-    return privacy_statement(
-        private=private, epsilon_spent=1.23456, epsilon_total=8.0, delta=1e-4, accountant="PLD"
-    )
+STATEMENT = Statement(
+    private=True,
+    voided_by=(),
+    unit="user",
+    relation="add or remove one user",
+    epsilon_spent=1.23456,
+    epsilon_total=8.0,
+    delta=1e-4,
+    accountant="PLD",
+    charged=("15 steps",),
+    covered=("the weights",),
+    not_covered=("the catalogue",),
+    caps=(),
+)
 
 
 def intervals(start: float) -> dict[str, Interval]:
@@ -36,35 +44,15 @@ def report(comparison: Comparison | None = None) -> str:
         title="Version v0001-aaaaaa",
         facts={"update": "u0001-aaaaaa", "steps": 15},
         metrics=dataclasses.asdict(shown),
-        statement=statement(private=True),
+        statement=STATEMENT,
     )
-
-
-class TestPrivacyStatement:
-    def test_it_says_how_much_for_whom_and_by_which_accountant(self) -> None:
-        text = statement(private=True)
-        assert "epsilon 1.235 of 8 at delta 0.0001 (PLD)" in text
-        assert "Unit: a user; neighbours differ by adding or removing one user." in text
-
-    @pytest.mark.parametrize(
-        "uncovered", ["catalogue", "own history", "evaluation and gate", "rows and users", "canary"]
-    )
-    def test_it_names_what_is_not_covered(self, uncovered: str) -> None:
-        _, _, limits = statement(private=True).partition("Not covered:")
-        assert uncovered in limits
-
-    def test_without_privacy_it_claims_no_figure(self) -> None:
-        text = statement(private=False)
-        assert text == NOT_PRIVATE
-        assert text.startswith("NOT PRIVATE")
-        assert not any(figure in text for figure in ("epsilon", "delta", "1.23"))
 
 
 class TestReport:
     def test_title_statement_and_facts_come_first_and_in_order(self) -> None:
         lines = report().splitlines()
         assert lines[0] == "# Version v0001-aaaaaa"
-        assert lines[2] == statement(private=True)
+        assert lines[2] == STATEMENT.summary
         assert lines[4:6] == ["- update: u0001-aaaaaa", "- steps: 15"]
 
     def test_every_metric_stands_with_its_interval_under_its_arm(self) -> None:
@@ -96,3 +84,25 @@ class TestReport:
             )
         )
         assert "| ndcg10 | nan [nan, nan] |" in text
+
+    def test_the_whole_privacy_statement_stands_at_its_end(self) -> None:
+        assert report().endswith("\n".join(["## Privacy", "", *STATEMENT.lines(), ""]))
+
+    def test_noised_figures_are_called_so_and_their_numbers_of_users_too(self) -> None:
+        exact = report()
+        assert "oise was added" not in exact and "about" not in exact
+        noised = report(
+            Comparison(
+                num_holdout_users=41,
+                before=intervals(10),
+                after=intervals(20),
+                difference=intervals(30),
+                num_prequential_users=203,
+                prequential=intervals(40),
+                private=True,
+                max_difference=0.1,
+            )
+        )
+        assert "## Held-out users (about 41)" in noised
+        assert "## Before training, all users (about 203)" in noised
+        assert "Noise was added to all figures" in noised and "counts as 0.1 at most" in noised

@@ -114,7 +114,7 @@ class TestSpends:
         put(local_root, *DAYS, "events/dt=2017-04-01")
         config = config_of(local_root, train=self.CONFIG)
         plan = Planner(local_root, config).plan(State())
-        parts = planned_spends(config, plan, 2)
+        parts = planned_spends(config, plan, 2, lambda ahead: None)
         assert [(s.num_steps, s.num_count_releases) for s in parts] == [(7, 1), (3, 1), (3, 2)]
 
 

@@ -13,7 +13,7 @@ from raysys.errors import LedgerCorruptError, StorageUnavailableError
 from raysys.ledger import snapshots
 from raysys.ledger.codec import class_reviver, fingerprint, reviver, to_json
 from raysys.ledger.log import Log
-from raysys.ledger.records import Record, SetAside
+from raysys.ledger.records import KeptLoss, Record, SetAside, StepsPermitted
 from raysys.ledger.seal import seal
 from raysys.ledger.state import State, fold
 from raysys.ledger.verify import verify
@@ -33,7 +33,13 @@ from tests.helpers import (
 
 INTERVAL = 8
 SECOND = started("u0002-bbbbbb", partitions=(partition("2017-03-02"),), base_version="v0001-aaaaaa")
-THIRD = started("u0003-cccccc", partitions=(partition("2017-03-03"),))
+KEPT = KeptLoss(num_updates=2, sha256="0" * 64)
+THIRD = started(
+    "u0003-cccccc",
+    partitions=(partition("2017-03-03"),),
+    permits_steps=True,
+    kept_loss=KEPT,
+)
 FOURTH = started(
     "u0004-dddddd",
     private=False,
@@ -62,6 +68,7 @@ RICH: list[Record] = [
     ROTATION,
     rotated(ROTATION, committed(SECOND), to_key_id="new"),
     THIRD,
+    StepsPermitted(update_id="u0003-cccccc", num_steps=3),
     abandoned("u0003-cccccc"),
     FOURTH,
     renewed("u0004-dddddd"),

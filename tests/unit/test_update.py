@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from raysys.cli import app
 from raysys.config import load_config
-from raysys.evaluate.report import NOT_PRIVATE
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
+from raysys.privacy.statement import NOT_PRIVATE
 from raysys.registry.version import version_path
 from raysys.rollout.state import abort, promote, start
 from raysys.storage import Root

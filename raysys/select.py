@@ -23,9 +23,10 @@ from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.privacy.selection import check_space, plan_selection
-from raysys.train.trial import Trials
-from raysys.train.tune import select
-from raysys.update import Outcome, Progress, Ready, Strategy, run_update
+from raysys.train.output import TrainOutput
+from raysys.train.trial import Trials, plan_steps
+from raysys.train.tune import Winner, select
+from raysys.update import Outcome, Progress, Ready, Strategy, run_update, train_once
 
 _WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
 """Keys that say which layers of the encoder a trial adapts."""
@@ -80,6 +81,7 @@ def select_best(ready: Ready) -> Outcome:
         root=ready.root,
         update_id=ready.started.update_id,
         num_shards=ready.ingested.num_shards,
+        own_users=selection is not None and selection.group != ready.privacy.group,
         score=HoldoutScore(
             root=ready.root,
             update_id=ready.started.update_id,
@@ -93,14 +95,21 @@ def select_best(ready: Ready) -> Outcome:
     _encode_for(trials)
     best = select(trials)
     ready.on_progress(f"selected, to be put into the config:\n{fragment(best.values)}")
+    config = trials.config_of(best.values)
     return Outcome(
-        output=best.output,
-        config=trials.config_of(best.values),
+        output=_trained_on_others(ready, config, best) if trials.own_users else best.output,
+        config=config,
         num_steps=spend.num_steps,
         selected=best.values,
         metrics={"selection": _told(best.score, ready)},
         tells_time=selection is None or selection.method == "compose",
     )
+
+
+def _trained_on_others(ready: Ready, config: Config, best: Winner) -> TrainOutput:
+    """Trains on the users that no trial read, with what the best one chose."""
+    privacy = plan_steps(config, ready.privacy.spend, best.values)
+    return train_once(dataclasses.replace(ready, config=config, privacy=privacy)).output
 
 
 def _encode_for(trials: Trials) -> None:

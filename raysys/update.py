@@ -30,7 +30,7 @@ from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted
+from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted, UserGroup
 from raysys.ledger.state import State
 from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
@@ -75,6 +75,12 @@ class _Run:
     @property
     def update_id(self) -> str:
         return self.started.update_id
+
+    @property
+    def tried(self) -> UserGroup | None:
+        """The users whom a selection's trials read."""
+        reserved = self.started.reserved
+        return reserved.selection.group if reserved and reserved.selection else self.privacy.group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +291,7 @@ def _ingest(run: _Run) -> Ingested:
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
         group=run.privacy.group,
+        tried=run.tried,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)

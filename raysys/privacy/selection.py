@@ -70,7 +70,16 @@ def plan_selection(
       update: What an update without selection would spend.
       earlier: The life of the model so far, on top of which methods are compared.
       key_id: Names the key of the pseudonyms by which `shard` splits users.
+
+    Raises:
+      ConfigError: The users are split another way already.
     """
+    if config.tune.method == "shard" and update.group is not None:
+        raise ConfigError(
+            "tune.method: expected auto, repeat or compose with privacy.cohorts "
+            f"{config.privacy.cohorts}, whose split of the users another split would cross, got "
+            "'shard'"
+        )
     ways: dict[str, PrivacySpend] = {
         method: _spend(config, update, method, key_id)
         for method in ("repeat", "compose")
@@ -170,7 +179,8 @@ def _num_trials(mean: float, shape: float) -> Iterator[tuple[int, float]]:
     """Yields (k, P(K = k)) for k = 1, 2, …"""
     gamma = halting_probability(mean, shape)
     growth = -math.log(gamma)
-    probability = (1 - gamma) * (shape / math.expm1(shape * growth) if shape else 1 / growth)
+    exponent = shape * growth
+    probability = (1 - gamma) / growth * (exponent / math.expm1(exponent) if exponent else 1)
     for num in itertools.count(1):
         yield num, probability
         probability *= (1 - gamma) * (num + shape) / (num + 1)
@@ -195,5 +205,6 @@ def halting_probability(mean: float, shape: float) -> float:
 def _mean(gamma: float, shape: float) -> float:
     """Falls from infinity to 1 as `gamma` rises from 0 to 1."""
     growth = -math.log(gamma)
-    inverse = shape / -math.expm1(-shape * growth) if shape else 1 / growth
-    return inverse * (1 / gamma - 1)
+    exponent = shape * growth
+    factor = exponent / -math.expm1(-exponent) if exponent else 1
+    return factor / growth * (1 / gamma - 1)

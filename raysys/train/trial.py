@@ -20,7 +20,7 @@ import torch
 from raysys.config import Config, with_values
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
-from raysys.ingest.pipeline import examples_path
+from raysys.ingest.pipeline import examples_path, trial_examples_path
 from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.model.adapter import activations_cut
 from raysys.model.encoder import TokenActivations, cache_folder, load_cached
@@ -51,6 +51,8 @@ class Trials:
     root: Root
     update_id: str
     num_shards: int
+    own_users: bool
+    """Whether trials read other users than the update trains on."""
     score: Callable[[TrainOutput], float]
     """Of L2 sensitivity 1."""
 
@@ -112,8 +114,9 @@ def run_trial(
     """
     assert every is None or trials.selection is None, "an intermediate score is not charged"
     job, held = trials.job(values), _Held(start)
+    path = trial_examples_path if trials.own_users else examples_path
     shards = [
-        ExampleSet.from_bytes(trials.root.read_bytes(examples_path(trials.update_id, shard)))
+        ExampleSet.from_bytes(trials.root.read_bytes(path(trials.update_id, shard)))
         for shard in range(trials.num_shards)
     ]
     cut = activations_cut(job.model, job.adapted_weights or ())

@@ -193,9 +193,9 @@ def run_update(
             config,
             keys=keys,
             owner=owner,
+            charge=strategy.charge,
             root=root,
             kept_loss=kept,
-            charge=strategy.charge,
         )
 
     # While another update is active, what is left for this one is open.

@@ -19,6 +19,14 @@ from raysys.errors import PrivacyError
 from raysys.ledger.records import PrivacySpend, SelectionSpend, UserGroup
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpsilonDelta:
+    """An event that dp-accounting lacks: of a mechanism no more is known than its guarantee."""
+
+    epsilon: float
+    delta: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Charge:
     """A mechanism that ran a number of times on the data of some users."""
@@ -83,4 +91,4 @@ def _repeat_and_select(selection: SelectionSpend) -> dp_accounting.DpEvent:
             f"a selection of {selection.mean_trials:g} trials on average has no finite epsilon at "
             f"delta {selection.delta:g}; give it a larger delta, or trials with more noise"
         )
-    return dp_accounting.EpsilonDeltaDpEvent(bound, selection.delta)
+    return EpsilonDelta(epsilon=bound, delta=selection.delta)

@@ -26,7 +26,7 @@ from dp_accounting.pld.common import DifferentialPrivacyParameters
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 from raysys.ledger.records import PrivacySpend, UserGroup
-from raysys.privacy.charges import Charge, charges
+from raysys.privacy.charges import Charge, EpsilonDelta, charges
 
 FINE = 1e-4
 """Step of the privacy loss where all is composed at once."""
@@ -172,7 +172,7 @@ def _loss_of(event: dp_accounting.DpEvent, num: int, interval: float) -> Privacy
                 value_discretization_interval=interval,
                 sampling_prob=event.sampling_probability,
             ).self_compose(num)
-        case dp_accounting.EpsilonDeltaDpEvent():
+        case EpsilonDelta():
             bound = DifferentialPrivacyParameters(event.epsilon, event.delta)
             return privacy_loss_distribution.from_privacy_parameters(
                 bound, value_discretization_interval=interval

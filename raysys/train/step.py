@@ -95,5 +95,5 @@ def backward(
             f"train.loss {loss_name}: expected one loss for each of {num_users} users, shape "
             f"({num_users},), got {tuple(loss.shape)}; sum each user's own"
         )
-    loss.sum().backward()  # type: ignore[no-untyped-call]
+    module.backward(loss)
     return list(loss.detach().tolist())

@@ -64,7 +64,7 @@ def known_parameters(layer: torch.nn.Module) -> list[str]:
 
 
 def _lora(layer: Any, rows: CurrentRows) -> Forward:
-    own = layer.forward
+    own: Forward = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = _only_adapter(layer)
@@ -80,7 +80,7 @@ def _lora(layer: Any, rows: CurrentRows) -> Forward:
 
 
 def _adalora(layer: Any, rows: CurrentRows) -> Forward:
-    own = layer.forward
+    own: Forward = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if layer.disable_adapters or layer.merged:

@@ -3,8 +3,8 @@
     TokenActivations -> Tower (adapter) -> similarities + features -> HeadModule -> scores
 
 Everything trainable is known to the engine (`privacy.clipping`), so one backward pass yields
-per-user gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors come
-from the frozen previous version, which keeps their cost out of the step.
+per-user gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors
+come from the frozen previous version, which keeps their cost out of the step.
 
 Shape suffixes: U = users, R = requests of a user, K = candidates, F = features, d = width of the
 encoder, I = inputs of the head.

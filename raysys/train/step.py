@@ -19,6 +19,7 @@ from raysys.config import TrainConfig
 from raysys.errors import PrivacyError
 from raysys.model.losses import LOSSES
 from raysys.model.ranker import RankerModule
+from raysys.model.ranks import Ranks
 from raysys.privacy.clipping import require_per_user_gradients, set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
@@ -41,12 +42,14 @@ class Stepper:
         seed: int,
         num_workers: int,
         autocast: torch.autocast,
+        ranks: Ranks,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
         self._learning_rate, self._seed = learning_rate, seed
-        self._autocast = autocast
+        self._autocast, self._ranks = autocast, ranks
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
+        ranks.attach(self._optimizer)
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
 
@@ -63,6 +66,7 @@ class Stepper:
             # Opacus clips and sums every part, and adds noise and steps with the last one only.
             self._optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
             self._optimizer.step()
+        self._ranks.after_step(self._optimizer, step + 1)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _set_gradients(self, batch: dict[str, torch.Tensor] | None) -> None:
@@ -95,5 +99,5 @@ def backward(
             f"train.loss {loss_name}: expected one loss for each of {num_users} users, shape "
             f"({num_users},), got {tuple(loss.shape)}; sum each user's own"
         )
-    loss.sum().backward()  # type: ignore[no-untyped-call]
+    module.backward(loss)
     return list(loss.detach().tolist())

@@ -22,7 +22,9 @@ from raysys.ledger.state import State
 from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.partitions.discover import EVERYTHING, PartitionRange
+from raysys.privacy.kept import life_so_far
 from raysys.privacy.selection import check_space, plan_selection
+from raysys.storage import Root
 from raysys.train.output import TrainOutput
 from raysys.train.trial import Trials, plan_steps
 from raysys.train.tune import Winner, select
@@ -57,8 +59,8 @@ def charge_selection(
     config: Config, state: State, update: PrivacySpend, key_id: str
 ) -> PrivacySpend:
     """Returns what the update reserves: its releases, and the trials by the cheapest method."""
-    earlier = [spend for _, spend, _ in state.spends]
-    return plan_selection(config, update, earlier, key_id).spend
+    life = life_so_far(Root(config.root), state)
+    return plan_selection(config, update, life, key_id).spend
 
 
 def select_best(ready: Ready) -> Outcome:

@@ -116,6 +116,10 @@ class Steps:
         self.leases[-1].renew()
         permit_all_steps(job, root, update_id)
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")
+        return self.output(job)
+
+    def output(self, job: TrainJob) -> TrainOutput:
+        """What training brings back."""
         return TrainOutput(
             head=job.head, adapter={"adapter_model.safetensors": b"delta"},
             adapted_modules=(_MODULE,), adapted_weights={_MODULE: _WEIGHT},

@@ -1,6 +1,6 @@
 """Which trials a selection runs and what they cost, decided before any data is read. Pure.
 
-    Config, the update's spend, earlier spends -> plan_selection() -> .spend, reserved in the ledger
+    Config, the update's spend, life so far -> plan_selection() -> .spend, reserved in the ledger
     SelectionSpend -> draw_num_trials(), draw_values(), noise_score() -> train.tune, which runs them
 
 `repeat` draws the number of trials from a truncated negative binomial, runs each on hyperparameters
@@ -28,7 +28,7 @@ from raysys.config import Config
 from raysys.errors import ConfigError
 from raysys.ingest.groups import tuning_group
 from raysys.ledger.records import PrivacySpend, SelectionSpend
-from raysys.privacy.accounting import epsilon
+from raysys.privacy.composed import Composed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +62,13 @@ def check_space(config: Config) -> None:
 
 
 def plan_selection(
-    config: Config, update: PrivacySpend, earlier: Sequence[PrivacySpend], key_id: str
+    config: Config, update: PrivacySpend, life: Composed, key_id: str
 ) -> SelectionPlan:
     """Returns the cheapest way to run the trials that `tune.method` admits.
 
     Args:
       update: What an update without selection would spend.
-      earlier: The life of the model so far, on top of which methods are compared.
+      life: What the model lost so far, on top of which methods are compared.
       key_id: Names the key of the pseudonyms by which `shard` splits users.
 
     Raises:
@@ -86,7 +86,7 @@ def plan_selection(
         if config.tune.method in (method, "auto", "shard") and _can(method, config)
     }
     costs = {
-        method: epsilon([*earlier, spend], config.privacy.delta) for method, spend in ways.items()
+        method: life.plus(spend).epsilon(config.privacy.delta) for method, spend in ways.items()
     }
     return SelectionPlan(spend=ways[min(costs, key=costs.__getitem__)], epsilon_by_method=costs)
 

@@ -97,7 +97,7 @@ class ShardSettings:
     group: UserGroup | None = None
     """The users who are trained on: the others are not charged. None for everyone."""
     tried: UserGroup | None = None
-    """The users whom a selection's trials train on and score. None for everyone."""
+    """The users whom a selection's trials train on and score. None: as the update does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,7 +257,7 @@ def _requests(
 def _tried_requests(
     labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings
 ) -> pl.DataFrame | None:
-    if settings.tried == settings.group:
+    if settings.tried is None or settings.tried == settings.group:
         return None
     tried = dataclasses.replace(settings, group=settings.tried)
     requests, _ = _requests(labelled, held_out, tried)

@@ -86,7 +86,7 @@ class IngestJob:
     group: UserGroup | None = None
     """The users who are trained on; None for everyone."""
     tried: UserGroup | None = None
-    """The users whom a selection's trials train on and score; None for everyone."""
+    """The users whom a selection's trials train on and score; None: as the update does."""
 
     @property
     def num_shards(self) -> int:

@@ -20,6 +20,7 @@ from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.store import load_version
 from raysys.registry.version import version_path
+from raysys.replay import replay
 from raysys.select import run_selection
 from raysys.storage import Root
 from raysys.train import tune
@@ -221,6 +222,11 @@ def test_without_privacy_ray_tune_may_choose(
     assert commit.selected[RATE] in (0.001, 0.003, 0.01) and commit.seconds > 0
     assert commit.metrics["selection"]["noise_std"] == 0
     load_version(local_root, commit).check_golden()
+    # The trial that was chosen can be trained again, unless it copied from others on the way.
+    lines: list[str] = []
+    again = replay(load_config(path), str(commit.version), lines.append)
+    assert again.weights == ("pbt" not in how)
+    assert any("pbt does not see to" in line for line in lines) == ("pbt" in how)
 
 
 def test_on_a_shard_trials_and_release_read_different_users(

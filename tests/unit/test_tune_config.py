@@ -89,7 +89,9 @@ def test_what_cannot_be_is_told_in_one_line(tune: dict[str, Any], told: str) -> 
 
 def test_population_based_training_changes_only_what_can_change_within_a_trial() -> None:
     tune = {"scheduler": "pbt", "space": {"model.lora_rank": [2, 4]}}
-    with pytest.raises(ConfigError, match=r"tune\.space\.model\.lora_rank: expected with tune\.scheduler: pbt"):
+    with pytest.raises(
+        ConfigError, match=r"tune\.space\.model\.lora_rank: expected with tune\.scheduler: pbt"
+    ):
         parse(tune, privacy={"enabled": False})
     rates = {"scheduler": "pbt", "space": {"train.learning_rate": [1e-3, 1e-4]}}
     parse(rates, privacy={"enabled": False})

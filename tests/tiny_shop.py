@@ -128,12 +128,12 @@ def outcomes(num_users: int, *, seed: int = 0, query: str | None = None) -> pl.D
     return frame.select(pl.col(name).cast(dtype) for name, dtype in OUTCOME_SCHEMA.items())
 
 
-def shard(events: pl.DataFrame, *, seed: int = 0) -> ShardResult:
+def shard(events: pl.DataFrame, *, seed: int = 0, **changes: Any) -> ShardResult:
     """Examples, cases and histories of these events."""
     timeline = Timeline.of(item_states(), [DAY_0 + NUM_DAYS * DAY_S])
     settings = ShardSettings(
         timeline=timeline, window_start=WINDOW_START, horizon=timeline.after.as_of, ingest=INGEST,
-        labels=LabelConfig(), needs_outcome=True, seed=seed,
+        labels=LabelConfig(), needs_outcome=True, seed=seed, **changes,
     )  # fmt: skip
     return build_shard(events, impressions(), ShardState.nothing(), settings)
 

@@ -4,9 +4,9 @@
     SelectionSpend -> draw_num_trials(), draw_values(), noise_score() -> train.tune, which runs them
 
 `repeat` draws the number of trials from a truncated negative binomial, runs each on hyperparameters
-drawn independently, and releases the best one alone. That costs two to three times a single trial
-whatever the mean number is, if nothing else leaves: not the number, not a loser's score, and no
-trial may stop or be dropped for what it came to. Source: Papernot and Steinke, "Hyperparameter
+drawn independently, and releases the best one alone. What that costs grows slowly with the mean
+number, if nothing else leaves: not the number, not a loser's score, and no trial may stop or be
+dropped for what it came to. Source: Papernot and Steinke, "Hyperparameter
 Tuning with Renyi Differential Privacy" (arXiv 2110.03620), Definition 1 and Theorem 2.
 
     P(K = k) = (1-g)^k / (g^-eta - 1) * prod_{l<k} (l + eta) / (l + 1)    for k = 1, 2, …

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from raysys.train.loop import TrainJob
 from raysys.train.trial import Trials
 from raysys.train.tune import Winner
 from tests.stub_steps import Steps
-from tests.update_shop import DAYS, find_problems, write_catalogue, write_day, write_shop
+from tests.update_shop import DAYS, contents, find_problems, write_catalogue, write_day, write_shop
 
 SPACE = "space: {model.lora_rank: [2, 3], privacy.noise_multiplier: [6.0, 4.0]}"
+JOB = Path(__file__).parents[2] / "jobs" / "tune.py"
 BEST = {"model.lora_rank": 3, "privacy.noise_multiplier": 6.0}
 
 
@@ -153,6 +156,33 @@ def test_an_empty_space_is_refused_before_anything_is_read(shop: Shop) -> None:
     with pytest.raises(ConfigError, match=r"tune\.space: expected values"):
         shop.update()
     assert Log(shop.root).refresh().spends == ()
+
+
+@pytest.mark.parametrize(
+    ("tune", "told"),
+    [
+        pytest.param("method: auto", "tune.space: expected values", id="no space"),
+        pytest.param(f"{SPACE}, search: bayesian", "tune.search: expected 'random'", id="search"),
+        pytest.param(
+            f"{SPACE}, score_noise_multiplier: 0.01, method: repeat", "this update would", id="cost"
+        ),
+    ],
+)
+def test_the_job_refuses_in_one_line_without_ray(
+    shop: Shop,
+    tune: str,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop.configure(tune)
+    monkeypatch.setattr(sys, "argv", [str(JOB), "--config", str(shop.path)])
+    before = contents(shop.root)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(JOB), run_name="__main__")
+    printed, error = capsys.readouterr()
+    assert ended.value.code == 1 and printed == "" and contents(shop.root) == before
+    assert error.startswith(f"raysys: {told}") and error.count("\n") == 1
 
 
 class TestPlan:

@@ -12,6 +12,8 @@ encoder, I = inputs of the head.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -57,9 +59,14 @@ class HeadModule(torch.nn.Module):
 class RankerModule(torch.nn.Module):
     """Scores the candidates of users' requests."""
 
-    def __init__(self, tower: Tower, head: HeadModule) -> None:
+    def __init__(self, tower: Tower, head: HeadModule, *, half_tower: bool = False) -> None:
+        """Combines both; `half_tower` has the tower multiply matrices in bfloat16.
+
+        The head is too small to gain by that, and its inputs are counts that need their digits.
+        """
         super().__init__()
         self.tower, self.head = tower, head
+        self._half_tower = half_tower
 
     def forward(
         self,
@@ -76,7 +83,8 @@ class RankerModule(torch.nn.Module):
           history_text: (U, R, d), zero where there is no history.
           query_text: (U, R, d), zero where there is no query.
         """
-        text = self.tower(text_index)
+        with self._precision(text_index.device):
+            text = self.tower(text_index).float()
         by_history = torch.einsum("urkd,urd->urk", text, history_text)
         by_query = torch.einsum("urkd,urd->urk", text, query_text)
         has_query = (query_text.abs().sum(-1) > 0).to(features.dtype)
@@ -92,6 +100,11 @@ class RankerModule(torch.nn.Module):
         assert inputs.shape[-1] == NUM_INPUTS and features.shape[-1] == NUM_FEATURES
         scores: torch.Tensor = self.head(inputs)
         return scores
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if not self._half_tower:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Returns the parameters that training changes, by name."""

@@ -40,12 +40,10 @@ class Stepper:
         learning_rate: float,
         seed: int,
         num_workers: int,
-        autocast: torch.autocast,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
         self._learning_rate, self._seed = learning_rate, seed
-        self._autocast = autocast
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
@@ -71,15 +69,12 @@ class Stepper:
             set_empty_gradients(parameter for _, parameter in named)
             return
         num_users = len(batch["gains"])
-        self.losses.extend(backward(self._module, batch, self._train.loss, self._autocast))
+        self.losses.extend(backward(self._module, batch, self._train.loss))
         require_per_user_gradients(named, num_users)
 
 
 def backward(
-    module: RankerModule,
-    batch: Mapping[str, torch.Tensor],
-    loss_name: str,
-    autocast: torch.autocast,
+    module: RankerModule, batch: Mapping[str, torch.Tensor], loss_name: str
 ) -> list[float]:
     """Sets the per-user gradients of a batch; returns each user's loss.
 
@@ -87,9 +82,8 @@ def backward(
       PrivacyError: The loss is not one number a user, so a user's gradient could not be told apart.
     """
     labels = {name: batch[name] for name in _LABELS}
-    with autocast:
-        scores = module(**{name: x for name, x in batch.items() if name not in labels})
-    loss = LOSSES[loss_name](scores.float(), **labels)
+    scores = module(**{name: x for name, x in batch.items() if name not in labels})
+    loss = LOSSES[loss_name](scores, **labels)
     if loss.shape != (num_users := len(labels["gains"]),):
         raise PrivacyError(
             f"train.loss {loss_name}: expected one loss for each of {num_users} users, shape "

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysys.ingest.features import NUM_FEATURES
 from raysys.model import text_tower
 from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.train import loop
@@ -137,7 +138,7 @@ def test_nothing_that_training_needs_stays_behind_when_it_moves_to_another_devic
         adapter = loop.Adapter.fresh(encoder, config, {}, num_steps=5)
         tower = loop.build_tower(adapter, activations).to("meta")
         module = loop.RankerModule(tower, loop.HeadModule(job.head).to("meta"))
-        batch = {"features": (2, 1, 3, 15), "history_text": (2, 1, 16), "query_text": (2, 1, 16)}
+        batch = {"features": (2, 1, 3, NUM_FEATURES), "history_text": (2, 1, 16), "query_text": (2, 1, 16)}
         inputs = {name: torch.zeros(shape, device="meta") for name, shape in batch.items()}
         text_index = torch.zeros(2, 1, 3, dtype=torch.int64, device="meta")
         out = module(text_index=text_index, **inputs)

@@ -26,6 +26,8 @@ from raysys.privacy.clipping import add_grad_sample, per_user_linear
 class TextTower(torch.nn.Module):
     """Embeds the catalogue's texts; its trainable weights are those of PEFT's modules."""
 
+    per_user_parameters = ("lora_a", "lora_b")
+
     base: torch.Tensor
     """(M, T, d) the encoder's own hidden states before the last norm."""
     lora_input: torch.Tensor

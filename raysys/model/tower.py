@@ -24,7 +24,7 @@ from raysys.model.encoder import TokenActivations
 from raysys.model.layers import mean_pooled, run_layers
 from raysys.model.text_tower import TextTower
 
-Rows: TypeAlias = Callable[[torch.Tensor, int], contextlib.AbstractContextManager[object]]
+Rows: TypeAlias = Callable[[torch.Tensor | None, int], contextlib.AbstractContextManager[object]]
 """From (N,) the user of each row and the number of users to the context that they are fed in."""
 
 

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from raysys.config import TrainConfig
-from raysys.errors import PrivacyError
 from raysys.model.losses import LOSSES
 from raysys.model.ranker import RankerModule
-from raysys.privacy.clipping import require_per_user_gradients, set_empty_gradients
+from raysys.privacy.clipping import set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
 
@@ -64,13 +63,10 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _set_gradients(self, batch: dict[str, torch.Tensor] | None) -> None:
-        named = self._module.trainable()
         if batch is None:
-            set_empty_gradients(parameter for _, parameter in named)
-            return
-        num_users = len(batch["gains"])
-        self.losses.extend(backward(self._module, batch, self._train.loss))
-        require_per_user_gradients(named, num_users)
+            set_empty_gradients(parameter for _, parameter in self._module.trainable())
+        else:
+            self.losses.extend(backward(self._module, batch, self._train.loss))
 
 
 def backward(
@@ -79,15 +75,10 @@ def backward(
     """Sets the per-user gradients of a batch; returns each user's loss.
 
     Raises:
-      PrivacyError: The loss is not one number a user, so a user's gradient could not be told apart.
+      PrivacyError: The loss is not one number a user, or else as `PerUserGradients.backward`.
     """
     labels = {name: batch[name] for name in _LABELS}
     scores = module(**{name: x for name, x in batch.items() if name not in labels})
     loss = LOSSES[loss_name](scores, **labels)
-    if loss.shape != (num_users := len(labels["gains"]),):
-        raise PrivacyError(
-            f"train.loss {loss_name}: expected one loss for each of {num_users} users, shape "
-            f"({num_users},), got {tuple(loss.shape)}; sum each user's own"
-        )
-    loss.sum().backward()  # type: ignore[no-untyped-call]
+    module.backward(loss)
     return list(loss.detach().tolist())

@@ -58,7 +58,7 @@ class Ranker:
             parameter.grad_sample = None  # type: ignore[attr-defined]
         inputs = {k: v for k, v in batch.items() if k not in LABELS}
         loss = listwise_loss(self.module(**inputs), **{k: batch[k] for k in LABELS})
-        (loss * scale).sum().backward()
+        self.module.backward(loss * scale)
         return {name: p.grad_sample for name, p in self.module.trainable()}  # type: ignore[attr-defined]
 
     def gradients_one_by_one(self, batch: Batch, scale: torch.Tensor) -> Gradients:
@@ -84,14 +84,20 @@ class Ranker:
         head = self.module.head
         hidden = inputs
         for name in ("first", "second"):
-            hidden = torch.relu(head.get_submodule(name)(hidden))
-        return (head.get_submodule("last")(hidden) + head.get_submodule("skip")(inputs))[..., 0]
+            hidden = torch.relu(_ordinary(head, name, hidden))
+        return (_ordinary(head, "last", hidden) + _ordinary(head, "skip", inputs))[..., 0]
 
     def _text(self) -> torch.Tensor:
         hidden = torch.from_numpy(self.activations.hidden).float()
         mask = torch.arange(hidden.shape[1]) < torch.from_numpy(self.activations.lengths)[:, None]
         out = self.layer.output(self.layer.intermediate(hidden), hidden)
         return normalize((out * mask[..., None]).sum(1), dim=-1)
+
+
+def _ordinary(head: HeadModule, name: str, x: torch.Tensor) -> torch.Tensor:
+    layer = head.get_submodule(name)
+    assert isinstance(layer, torch.nn.Linear)
+    return linear(x, layer.weight, layer.bias)
 
 
 def make_batch(num_texts: int, *, seed: int = 0) -> Batch:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from raysys.ingest.features import NUM_FEATURES
 from raysys.model import text_tower
 from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.train import loop
@@ -127,22 +126,35 @@ def test_without_a_gpu_nothing_is_bf16_unless_it_is_asked_for(
     assert not loop._is_half(config, torch.device("cpu"))
 
 
-def test_nothing_that_training_needs_stays_behind_when_it_moves_to_another_device(
-    tiny_encoder: str, activations: TokenActivations, world: None
+def left_behind(module: torch.nn.Module) -> list[str]:
+    """Names the tensors of a module that do not move with it. `meta` is a device without data."""
+    module.to("meta")
+    return [
+        name
+        for part in module.modules()
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items()
+        if isinstance(value, torch.Tensor) and value.device.type != "meta"
+    ]
+
+
+@pytest.mark.parametrize("train_lora_a", [False, True], ids=["B trained", "A and B trained"])
+def test_the_model_moves_to_another_device_as_a_whole(
+    tiny_encoder: str,
+    activations: TokenActivations,
+    monkeypatch: pytest.MonkeyPatch,
+    train_lora_a: bool,
 ) -> None:
-    """On `meta`, which has no data, whatever stayed on the CPU would be found by its device."""
-    job = tiny_shop.train_job(tiny_encoder)
-    encoder = TextEncoder(tiny_encoder, 8)
-    for train_lora_a in (False, True):
-        config = tiny_shop.model_config(tiny_encoder, train_lora_a=train_lora_a)
+    head = tiny_shop.train_job(tiny_encoder).head
+    config = tiny_shop.model_config(tiny_encoder, train_lora_a=train_lora_a)
+
+    def module() -> torch.nn.Module:
+        encoder = TextEncoder(tiny_encoder, 8)
         adapter = loop.Adapter.fresh(encoder, config, {}, num_steps=5)
-        tower = loop.build_tower(adapter, activations).to("meta")
-        module = loop.RankerModule(tower, loop.HeadModule(job.head).to("meta"))
-        batch = {"features": (2, 1, 3, NUM_FEATURES), "history_text": (2, 1, 16), "query_text": (2, 1, 16)}
-        inputs = {name: torch.zeros(shape, device="meta") for name, shape in batch.items()}
-        text_index = torch.zeros(2, 1, 3, dtype=torch.int64, device="meta")
-        out = module(text_index=text_index, **inputs)
-        assert out.device.type == "meta" and out.shape == (2, 1, 3)
+        return loop.RankerModule(loop.build_tower(adapter, activations), loop.HeadModule(head))
+
+    assert left_behind(module()) == []
+    monkeypatch.setattr(text_tower.TextTower, "_keep", setattr)
+    assert left_behind(module()) == ["base", "lora_input", "mask"]
 
 
 def test_a_checkpoint_is_kept_on_the_cpu(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -160,14 +160,7 @@ class PerUserGradients:
             self._in_backward = False
 
     def _replace(self, layer: torch.nn.Module, forward: Forward) -> None:
-        own = layer.forward
-
-        def with_users(*args: object, **kwargs: object) -> torch.Tensor:
-            chosen = forward if torch.is_grad_enabled() else own
-            out: torch.Tensor = chosen(*args, **kwargs)
-            return out
-
-        layer.forward = with_users
+        layer.forward = _PerUserForward(forward, layer.forward)
         self._replaced.append(layer)
 
     def _current_rows(self) -> UserRows:
@@ -231,6 +224,22 @@ class PerUserGradients:
     def _clear(self) -> None:
         for _, parameter in self._trainable:
             parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
+
+
+class _PerUserForward:
+    """A layer's forward pass: per user while gradients are recorded, its own otherwise."""
+
+    def __init__(self, forward: Forward, own: Forward) -> None:
+        self._forward, self._own = forward, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (self._forward if torch.is_grad_enabled() else self._own)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        raise PrivacyError(
+            "a copy of this module would compute with the original's weights; detach the engine "
+            "before copying"
+        )
 
 
 def _require_known(module: torch.nn.Module) -> None:

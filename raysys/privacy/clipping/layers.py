@@ -48,7 +48,13 @@ def replacement(layer: torch.nn.Module, rows: CurrentRows) -> Forward | None:
 
 
 def known_parameters(layer: torch.nn.Module) -> list[str]:
-    """Returns the names, below this layer, of parameters that its replacement covers."""
+    """Returns the names, below this layer, of parameters that its replacement covers.
+
+    A module that computes with parameters of its own by `per_user_linear` or `add_grad_sample`
+    names them in `per_user_parameters`; it is held to that after each backward pass.
+    """
+    if declared := getattr(layer, "per_user_parameters", ()):
+        return list(declared)
     if type(layer) in (torch.nn.Linear, torch.nn.LayerNorm):
         return ["weight", "bias"]
     if type(layer) is SVDLinear:
@@ -58,7 +64,7 @@ def known_parameters(layer: torch.nn.Module) -> list[str]:
 
 
 def _lora(layer: Any, rows: CurrentRows) -> Forward:
-    own = layer.forward
+    own: Forward = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = _only_adapter(layer)
@@ -74,7 +80,7 @@ def _lora(layer: Any, rows: CurrentRows) -> Forward:
 
 
 def _adalora(layer: Any, rows: CurrentRows) -> Forward:
-    own = layer.forward
+    own: Forward = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if layer.disable_adapters or layer.merged:

@@ -18,6 +18,7 @@ import torch
 from raysys.config import TrainConfig
 from raysys.model.losses import LOSSES
 from raysys.model.ranker import RankerModule
+from raysys.model.ranks import Ranks
 from raysys.privacy.clipping import set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
@@ -39,11 +40,14 @@ class Stepper:
         learning_rate: float,
         seed: int,
         num_workers: int,
+        ranks: Ranks,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
         self._learning_rate, self._seed = learning_rate, seed
+        self._ranks = ranks
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
+        ranks.attach(self._optimizer)
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
 
@@ -60,6 +64,7 @@ class Stepper:
             # Opacus clips and sums every part, and adds noise and steps with the last one only.
             self._optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
             self._optimizer.step()
+        self._ranks.after_step(self._optimizer, step + 1)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _set_gradients(self, batch: dict[str, torch.Tensor] | None) -> None:

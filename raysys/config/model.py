@@ -77,7 +77,7 @@ class TrainConfig:
     use_gpu: Literal["auto", True, False] = "auto"
     """A GPU for each worker. `auto`: if the cluster has as many."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in the forward pass. `auto`: bf16 on a GPU. Norms, loss, per-user
+    """Of the adapted layers' matrix products. `auto`: bf16 on a GPU. Norms, head, loss, per-user
     gradients and all that is done with them are fp32."""
     max_failures: int = 3
     """Deaths of workers after which the others go on with a new one; one more fails the update."""

@@ -3,8 +3,8 @@
     TokenActivations -> Tower (adapter) -> similarities + features -> HeadModule -> scores
 
 Everything trainable is known to the engine (`privacy.clipping`), so one backward pass yields
-per-user gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors
-come from the frozen previous version, which keeps their cost out of the step.
+per-user gradients. Candidates' texts are embedded by the adapted encoder; history and query
+vectors come from the frozen previous version, which keeps their cost out of the step.
 
 Shape suffixes: U = users, R = requests of a user, K = candidates, F = features, d = width of the
 encoder, I = inputs of the head.
@@ -64,9 +64,14 @@ class RankerModule(torch.nn.Module):
       PrivacyError: Something is trainable that the engine does not know.
     """
 
-    def __init__(self, tower: Tower, head: HeadModule) -> None:
+    def __init__(self, tower: Tower, head: HeadModule, *, half_tower: bool = False) -> None:
+        """Combines both; `half_tower` has the tower multiply matrices in bfloat16.
+
+        The head is too small to gain by that, and its inputs are counts that need their digits.
+        """
         super().__init__()
         self.tower, self.head = tower, head
+        self._half_tower = half_tower
         self._engine = PerUserGradients(self)
         if isinstance(tower, LayerTower):
             tower.rows = self._rows
@@ -86,7 +91,8 @@ class RankerModule(torch.nn.Module):
           history_text: (U, R, d), zero where there is no history.
           query_text: (U, R, d), zero where there is no query.
         """
-        text = self.tower(text_index)
+        with self._precision(text_index.device):
+            text = self.tower(text_index).float()
         by_history = torch.einsum("urkd,urd->urk", text, history_text)
         by_query = torch.einsum("urkd,urd->urk", text, query_text)
         has_query = (query_text.abs().sum(-1) > 0).to(features.dtype)
@@ -103,6 +109,11 @@ class RankerModule(torch.nn.Module):
         with self._rows(None, len(features)):
             scores: torch.Tensor = self.head(inputs)
         return scores
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if not self._half_tower:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Sets per-user gradients, `grad_sample` (U, ...), on all that is trained.

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from raysys.config import Config
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, PrivacyError
 from raysys.ingest.groups import tuning_group
 from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.privacy.composed import Composed
@@ -73,6 +73,7 @@ def plan_selection(
 
     Raises:
       ConfigError: The users are split another way already.
+      PrivacyError: The one method that is admitted has no bound.
     """
     if config.tune.method == "shard" and update.group is not None:
         raise ConfigError(
@@ -86,9 +87,20 @@ def plan_selection(
         if config.tune.method in (method, "auto", "shard") and _can(method, config)
     }
     costs = {
-        method: life.plus(spend).epsilon(config.privacy.delta) for method, spend in ways.items()
+        method: _epsilon_after(life, spend, config.privacy.delta, alone=len(ways) == 1)
+        for method, spend in ways.items()
     }
     return SelectionPlan(spend=ways[min(costs, key=costs.__getitem__)], epsilon_by_method=costs)
+
+
+def _epsilon_after(life: Composed, spend: PrivacySpend, delta: float, *, alone: bool) -> float:
+    """Returns infinity for a method that has no bound, if there is another one to take."""
+    try:
+        return life.plus(spend).epsilon(delta)
+    except PrivacyError:
+        if alone:
+            raise
+        return math.inf
 
 
 def _can(method: str, config: Config) -> bool:

@@ -134,7 +134,8 @@ def train_on_shards(
     torch.seed()  # whatever is drawn from here on differs by rank and by run
     tower = build_tower(adapter, activations)
     # In place: the weights stay the objects that PEFT's model saves (opacus #820).
-    module = RankerModule(tower, HeadModule(job.head)).to(device)
+    half_tower = _is_half(job.train, device)
+    module = RankerModule(tower, HeadModule(job.head), half_tower=half_tower).to(device)
     text_before = tower.embed_all().cpu()
     batches = Batches(
         shards,
@@ -151,7 +152,7 @@ def train_on_shards(
     )  # fmt: skip
     require_frozen(frozen, frozen_digests([adapter.encoder.model, module]))
 
-    adapter.scale(job.train.alpha)
+    adapter.finish(job.train.alpha)
     text_after = tower.embed_all().cpu().numpy()
     module.to("cpu")
     return Trained(
@@ -183,8 +184,7 @@ def _run_steps(
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     stepper = Stepper(
         module, batches, adam, train=job.train, plan=job.plan, learning_rate=job.learning_rate,
-        seed=job.seed, num_workers=num_workers, autocast=_autocast(job.train, device),
-        ranks=ranks,
+        seed=job.seed, num_workers=num_workers, ranks=ranks,
     )  # fmt: skip
     is_first = torch.distributed.get_rank() == 0
     done = 0
@@ -227,10 +227,8 @@ def _from_rank_0(values: list[int], device: torch.device) -> list[int]:
     return [int(value) for value in told.tolist()]
 
 
-def _autocast(train: TrainConfig, device: torch.device) -> torch.autocast:
-    """Returns the context of forward passes: matrices in bfloat16 perhaps, norms and loss never."""
-    is_half = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_half)
+def _is_half(train: TrainConfig, device: torch.device) -> bool:
+    return train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
 
 
 def _embed_queries(encoder: TextEncoder, shards: list[ExampleSet]) -> dict[str, torch.Tensor]:

@@ -298,7 +298,8 @@ def test_the_comparison_notices_rows_that_are_not_their_users(
 def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_model_scores(
     tiny_encoder: str, world: None, kind: str, targets: str
 ) -> None:
-    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]})
+    # Steps so long that the embeddings become others.
+    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]}, learning_rate=10.0)
     trained = train(update, query="w3 w4")
     assert trained.peft_model is not None
     table = tiny_shop.item_states()[-1].table()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from raysys.config import Config, parse_config
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, PrivacyError
 from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.privacy import selection
 from raysys.privacy.accounting import epsilon
@@ -84,6 +84,14 @@ class TestMethod:
     @pytest.mark.parametrize("method", ["repeat", "compose"])
     def test_the_config_may_decide(self, method: str) -> None:
         assert plan(DAILY, method=method).selection.method == method
+
+    def test_what_has_no_bound_is_not_taken(self) -> None:
+        tune = {"score_noise_multiplier": 0.01}
+        found = plan(DAILY, **tune)
+        assert found.selection.method == "compose"
+        assert found.epsilon_by_method["repeat"] == float("inf")
+        with pytest.raises(PrivacyError, match="10 trials on average has no epsilon below 500"):
+            plan(DAILY, method="repeat", **tune)
 
     def test_one_trial_on_average_is_one_trial(self) -> None:
         found = plan(GAUSSIAN, mean_trials=1.0).selection

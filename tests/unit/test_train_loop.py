@@ -394,3 +394,41 @@ def test_nothing_that_depends_on_single_users_but_the_weights_leaves_the_worker(
     assert json.loads((tmp_path / "output.json").read_text()).keys() == {"adapted_modules"}
     names = {field.name for field in dataclasses.fields(output.TrainOutput)}
     assert not names & {"num_users", "mean_loss"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda loss: loss.mean(),
+        lambda loss: loss[:, None],
+        lambda loss: loss[:, None].expand(-1, 3),
+        lambda loss: loss[:1],
+    ],
+    ids=["a scalar", "(U, 1)", "by candidate", "of another number of users"],
+)
+def test_a_loss_that_is_not_one_number_a_user_stops_before_the_first_step(
+    tiny_encoder: str,
+    activations: TokenActivations,
+    world: None,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    loss, steps = one_step.LOSSES["listwise"], list[int]()
+    step = torch.optim.AdamW.step
+    stepped: list[str] = []
+
+    def spy(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        stepped.append("stepped")
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    job = tiny_shop.train_job(tiny_encoder)
+    arguments: dict[str, Any] = {"num_workers": 1, "on_step": steps.append}
+    train_on_shards(job, [past()], activations, **arguments)
+    assert len(stepped) == len(steps) == 5
+    monkeypatch.setattr(
+        one_step, "LOSSES", {"listwise": lambda *args, **labels: wrong(loss(*args, **labels))}
+    )
+    with pytest.raises(PrivacyError, match="one number a user"):
+        train_on_shards(job, [past()], activations, **arguments)
+    assert len(stepped) == len(steps) == 5

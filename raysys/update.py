@@ -403,7 +403,7 @@ def _report(
             **outcome.metrics,
         },
         metrics=dataclasses.asdict(comparison),
-        statement=build_statement(run.state, run.config),
+        statement=build_statement(run.state, run.config, run.root),
     )
 
 

@@ -11,6 +11,7 @@ import typer
 from raysys.cli.options import ConfigOption, JsonOption, open_shop
 from raysys.cli.show import is_private, print_result, privacy_lines, table
 from raysys.ledger.state import State
+from raysys.storage import Root
 
 if TYPE_CHECKING:
     from raysys.privacy.budget import UpdateSpend
@@ -77,7 +78,7 @@ def _explain(config: Path, *, as_json: bool) -> None:
     from raysys.privacy.statement import build_statement
 
     shop, log = open_shop(config)
-    statement = build_statement(log.refresh(), shop)
+    statement = build_statement(log.refresh(), shop, Root(shop.root))
     body = {**dataclasses.asdict(statement), "summary": statement.summary}
     print_result(body, as_json, statement.lines())
 

@@ -27,6 +27,7 @@ from raysys.evaluate.metrics import (
     Comparison,
     Interval,
     bootstrap_mean,
+    place_metrics,
     places,
     ranking_metrics,
     share_below,
@@ -143,8 +144,9 @@ def measure(cases: list[Case], arms: Arms) -> Figures:
     for i, case in enumerate(cases):
         shared = features(case.history, arms.items, everything, now=case.now)
         scores = _score_all(case, arms.text_of_item, arms.before, shared)
-        before[i] = ranking_metrics(scores, case.positives, case.gains)
-        masses[i] = auc_masses(share_below(places(scores, case.positives), len(scores)))
+        found = places(scores, case.positives)
+        before[i] = place_metrics(found, case.gains, len(scores))
+        masses[i] = auc_masses(share_below(found, len(scores)))
         if case.held_out:
             scores = _score_all(case, arms.text_of_item, arms.after, shared)
             after[i] = ranking_metrics(scores, case.positives, case.gains)

@@ -61,12 +61,22 @@ def ranking_metrics(
     >>> ranking_metrics(np.array([.1, .9, .5], np.float32), np.array([1]), np.array([3.0]))
     (1.0, 1.0, 1.0)
     """
-    found = places(scores, positives)
+    return place_metrics(places(scores, positives), gains, len(scores))
+
+
+def place_metrics(
+    found: NDArray[np.int64], gains: NDArray[np.float32], num: int
+) -> tuple[float, float, float]:
+    """Returns the same, of positives whose places are known.
+
+    Args:
+      found: (P,) from 0.
+      num: Candidates, the positives included.
+    """
     discount = np.where(found < TOP, 1 / np.log2(found + 2), 0)
     ideal = np.sort(gains)[::-1][:TOP]
     ndcg = float((gains * discount).sum() / (ideal / np.log2(np.arange(len(ideal)) + 2)).sum())
-    auc = float(share_below(found, len(scores)).mean())
-    return ndcg, float((found < TOP).any()), auc
+    return ndcg, float((found < TOP).any()), float(share_below(found, num).mean())
 
 
 def places(scores: NDArray[np.float32], positives: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from opacus.optimizers import DistributedDPOptimizer
 
-from raysys.config import EvaluateConfig, PrivacyConfig
+from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend, UserGroup
 from raysys.privacy.sampling import PoissonSampler
 from raysys.privacy.spend import mechanisms
@@ -50,15 +50,9 @@ class PrivacyPlan:
         *,
         num_steps: int,
         num_count_releases: int,
-        evaluate: EvaluateConfig | None = None,
     ) -> PrivacyPlan:
         """Plans an update from the config and from what is known before any data is read."""
-        spend = mechanisms(
-            config,
-            num_steps=num_steps,
-            num_count_releases=num_count_releases,
-            evaluate=evaluate,
-        )
+        spend = mechanisms(config, num_steps=num_steps, num_count_releases=num_count_releases)
         return cls.of(config, spend)
 
     @property

@@ -33,15 +33,15 @@ def mechanisms(
       group: Whom the steps read; None for everyone.
     """
     noise = noise_multiplier if noise_multiplier is not None else config.noise_multiplier
-    is_released = evaluate is not None and evaluate.private
+    noised = evaluate if evaluate is not None and evaluate.private else None
     return PrivacySpend(
         num_steps=num_steps,
         sampling_prob=config.sampling_prob,
         noise_multiplier=DEFAULT_NOISE_MULTIPLIER if noise is None else noise,
         num_count_releases=num_count_releases,
         count_noise_multiplier=config.count_noise_multiplier,
-        num_evaluations=int(is_released),
-        evaluation_noise_multiplier=evaluate.noise_multiplier if evaluate and is_released else 1.0,
+        num_evaluations=int(noised is not None),
+        evaluation_noise_multiplier=noised.noise_multiplier if noised else 1.0,
         group=group,
     )
 

@@ -17,6 +17,7 @@ from raysys.ingest.bound import count_l2_sensitivity
 from raysys.ingest.sample import max_candidates
 from raysys.ledger.records import PrivacySpend
 from raysys.ledger.state import State
+from raysys.storage import Root
 
 NOT_PRIVATE = "NOT PRIVATE: trained without differential privacy (privacy.enabled: false)."
 
@@ -45,6 +46,8 @@ class Statement:
     there is no guarantee."""
     epsilon_total: float
     delta: float
+    horizon: int | None
+    """Updates that the total must last for; None where the config names none."""
     accountant: str
     charged: tuple[str, ...]
     """The mechanisms that the ledger charges for, over all updates."""
@@ -58,9 +61,10 @@ class Statement:
         """The guarantee in two sentences; without one, that there is none."""
         if not self.private:
             return NOT_PRIVATE
+        lasts = f", for {self.horizon} updates" if self.horizon else ""
         return (
-            f"User-level differential privacy of all updates so far: epsilon "
-            f"{self.epsilon_spent:.3f} of {self.epsilon_total:g} at delta {self.delta:g} "
+            "User-level differential privacy of all updates so far: epsilon "
+            f"{self.epsilon_spent:.3f} of {self.epsilon_total:g}{lasts} at delta {self.delta:g} "
             f"({self.accountant}). Unit: a {self.unit}; neighbours: {self.relation}, with "
             f"everything that the {self.unit} ever did."
         )
@@ -79,8 +83,12 @@ class Statement:
         ]
 
 
-def build_statement(state: State, config: Config) -> Statement:
-    """Returns the statement after all that the ledger says, an active update included."""
+def build_statement(state: State, config: Config, root: Root | None = None) -> Statement:
+    """Returns the statement after all that the ledger says, an active update included.
+
+    Args:
+      root: Where the composed loss is kept, which spares composing it anew.
+    """
     # dp-accounting takes most of a second to import, and what only prints NOT_PRIVATE needs none.
     from raysys.privacy.accounting import ACCOUNTANT, RELATION, UNIT
     from raysys.privacy.budget import spent_epsilon
@@ -92,9 +100,10 @@ def build_statement(state: State, config: Config) -> Statement:
         voided_by=voided_by,
         unit=UNIT,
         relation=RELATION,
-        epsilon_spent=spent_epsilon(state, config.privacy.delta) if private else None,
+        epsilon_spent=spent_epsilon(state, config.privacy.delta, root) if private else None,
         epsilon_total=config.privacy.epsilon_total,
         delta=config.privacy.delta,
+        horizon=config.privacy.horizon,
         accountant=ACCOUNTANT,
         charged=tuple(_charged(state)) if private else (),
         covered=tuple(_covered(state, config)) if private else (),
@@ -128,6 +137,11 @@ def _charged(state: State) -> Iterable[str]:
     if selections:
         methods = ", ".join(sorted({selection.method for selection in selections}))
         yield f"{len(selections)} selections by trials ({methods})"
+    if groups := {s.group for s in spends if s.group is not None}:
+        yield (
+            f"steps read {len(groups)} groups of users by turns, and are charged to these alone; "
+            "epsilon is that of the worst user"
+        )
     abandoned = sum(status == "abandoned" for _, _, status in state.spends)
     if abandoned:
         yield f"{abandoned} of these updates were abandoned, and stay charged"
@@ -184,7 +198,10 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
         "what a canary measures on live traffic, and what follows from it: which version is "
         "promoted, and that one which is rolled back is not trained on"
     )
-    yield "what replicas count and log of live requests, and the events that they write"
+    yield (
+        "what replicas count and log of live requests, how fast they answer (a query that was "
+        "asked before is faster), and the events that they write"
+    )
     if any(spend.selection is not None for _, spend, _ in state.spends):
         yield "number and timing of a selection's trials, for who watches the cluster meanwhile"
     yield "how long an update takes, and what logs, dashboards, staging/ and quarantine/ show of it"
@@ -217,9 +234,9 @@ def _caps(config: Config) -> Iterable[Cap]:
     yield cap("privacy.l2_clip_norm", "largest L2 norm of a user's summed gradient in a step")
     noise = noise_multiplier_of(config)
     yield cap("privacy.noise_multiplier", "noise of a step's sum over that norm", noise)
+    yield cap("privacy.sampling_prob", "chance of each user to take part in a step")
     if config.privacy.cohorts > 1:
         yield cap("privacy.cohorts", "disjoint cohorts of users, of which an update trains on one")
-    yield cap("privacy.sampling_prob", "chance of each user to take part in a step")
     yield cap("privacy.expected_batch_users", "normaliser of a step's sum, a constant")
     yield cap(
         "ingest.max_items_per_user_period",
@@ -235,6 +252,9 @@ def _caps(config: Config) -> Iterable[Cap]:
         "most",
     )
     yield cap("ingest.max_history_items", "items in a user's history")
+    if config.tune.space:
+        yield cap("tune.max_difference", "largest change of NDCG@10 in a trial's score by one user")
+        yield cap("tune.score_noise_multiplier", "noise of a trial's score over that")
     if config.evaluate.private:
         yield cap(
             "evaluate.noise_multiplier", "noise of an evaluation's sums over what one user can add"

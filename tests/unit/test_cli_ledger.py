@@ -10,7 +10,7 @@ import pytest
 from raysys.ledger import snapshots
 from raysys.ledger.explain import explain
 from raysys.ledger.log import Log
-from raysys.ledger.records import RECORD_TYPES, Record
+from raysys.ledger.records import RECORD_TYPES, Record, StepsPermitted
 from raysys.storage import Root
 from tests.helpers import (
     abandoned,
@@ -84,9 +84,14 @@ def test_a_rotation_is_explained_in_one_sentence() -> None:
     assert explain(rotated(start, committed())) == meaning
 
 
+def test_a_permit_of_steps_is_explained_in_one_sentence() -> None:
+    permit = StepsPermitted(update_id="u0001-aaaaaa", num_steps=5)
+    assert explain(permit).startswith("u0001-aaaaaa may run private steps up to its 5")
+
+
 def test_every_type_of_record_is_explained() -> None:
     explained = {type(record).__name__ for record, _ in MEANINGS.values()}
-    assert explained | {"PseudonymsRotated"} == set(RECORD_TYPES)
+    assert explained | {"PseudonymsRotated", "StepsPermitted"} == set(RECORD_TYPES)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ STATEMENT = Statement(
     epsilon_spent=1.23456,
     epsilon_total=8.0,
     delta=1e-4,
+    horizon=None,
     accountant="PLD",
     charged=("15 steps",),
     covered=("the weights",),

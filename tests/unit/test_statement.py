@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from raysys.cli import app
 from raysys.config import Config, EvaluateConfig, PrivacyConfig, PseudonymConfig, load_config
 from raysys.ledger.log import Log
-from raysys.ledger.records import PrivacySpend, SelectionSpend, UpdateStarted
+from raysys.ledger.records import PrivacySpend, SelectionSpend, UpdateStarted, UserGroup
 from raysys.ledger.state import State
 from raysys.privacy.statement import NOT_PRIVATE, Statement, build_statement
 from raysys.storage import Root
@@ -36,13 +37,14 @@ SELECTED = dataclasses.replace(
         score_noise_multiplier=10.0, num_trials=0, mean_trials=4.0, shape=1.0, delta=1e-6,
     ),
 )  # fmt: skip
+PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
 FIGURES = "figures of evaluation and verdict of the gate"
 
 
 @pytest.fixture(autouse=True)
 def _no_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is under test is what is said, not how epsilon is found."""
-    monkeypatch.setattr("raysys.privacy.budget.spent_epsilon", lambda state, delta: 1.23456)
+    monkeypatch.setattr("raysys.privacy.budget.spent_epsilon", lambda state, delta, root: 1.23456)
 
 
 def config(**sections: object) -> Config:
@@ -99,6 +101,19 @@ class TestFigures:
         assert "evaluate.max_difference" not in caps
         private = {cap.key for cap in build_statement(State(), PRIVATELY).caps}
         assert "evaluate.max_difference" in private
+
+    def test_a_horizon_and_cohorts_are_named_where_there_are_any(self) -> None:
+        plain = build_statement(life(SPEND), config())
+        assert " updates at delta" not in plain.summary
+        assert "privacy.cohorts" not in {cap.key for cap in plain.caps}
+        assert not any("by turns" in line for line in plain.charged)
+        group = UserGroup(scheme="cohorts/8/key", index=1)
+        turns = config(privacy=PrivacyConfig(horizon=30, cohorts=8, noise_multiplier=6.0))
+        found = build_statement(life(dataclasses.replace(SPEND, group=group), SPEND), turns)
+        assert "of 8, for 30 updates at delta" in found.summary
+        caps = {cap.key: cap.value for cap in found.caps}
+        assert (caps["privacy.cohorts"], caps["privacy.noise_multiplier"]) == (8, 6)
+        assert any("1 groups of users by turns" in line for line in found.charged)
 
 
 class TestCovered:
@@ -201,3 +216,18 @@ class TestCommand:
         path = self.shop(tmp_path, local_root, start, committed(start))
         assert self.run(path) == f"{NOT_PRIVATE} Updates: u0001-aaaaaa\n"
         assert json.loads(self.run(path, "--json"))["epsilon_spent"] is None
+
+
+def test_the_page_about_privacy_has_the_statement_of_a_shop_with_default_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raysys.privacy.budget.spent_epsilon", lambda state, delta, root: 0.0)
+    _, _, rest = PAGE.partition("<!-- statement -->\n")
+    shown, _, _ = rest.partition("<!-- /statement -->")
+    expected = build_statement(State(), config()).lines()
+    assert shown.splitlines() == expected, "put what `raysys budget --explain` prints there"
+
+
+@pytest.mark.parametrize("path", re.findall(r"`(?:tests/unit/)?(test_\w+\.py)`", PAGE))
+def test_every_test_that_the_page_names_is_there(path: str) -> None:
+    assert (Path(__file__).parent / path).exists()

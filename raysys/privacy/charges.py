@@ -26,6 +26,7 @@ class EpsilonDelta:
     epsilon: float
     delta: float
 
+
 _MOST_EPSILON = 500.0
 
 
@@ -92,7 +93,7 @@ def _repeat_and_select(selection: SelectionSpend) -> dp_accounting.DpEvent:
     if not bound <= _MOST_EPSILON:
         raise PrivacyError(
             f"a selection of {selection.mean_trials:g} trials on average has no epsilon below "
-            f"{_MOST_EPSILON:g} at delta {selection.delta:g}; give it a larger delta, or trials and "
-            "their scores more noise"
+            f"{_MOST_EPSILON:g} at delta {selection.delta:g}; give it a larger delta, or trials "
+            "and their scores more noise"
         )
     return EpsilonDelta(epsilon=bound, delta=selection.delta)

@@ -25,10 +25,11 @@ from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.privacy.kept import life_so_far
 from raysys.privacy.selection import check_space, plan_selection
 from raysys.storage import Root
+from raysys.strategy import Outcome, Progress, Ready, Strategy
 from raysys.train.output import TrainOutput
 from raysys.train.trial import Trials, plan_steps
 from raysys.train.tune import Winner, select
-from raysys.update import Outcome, Progress, Ready, Strategy, run_update, train_once
+from raysys.update import run_update, train_once
 
 _WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
 """Keys that say which layers of the encoder a trial adapts."""

@@ -23,7 +23,6 @@ from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import render_report
-from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
@@ -48,13 +47,10 @@ from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
-from raysys.reserve import Charge, Planner, check_catalogue, planned_spend, reserve
+from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
-from raysys.train.loop import TrainJob
-from raysys.train.output import TrainOutput
+from raysys.strategy import Outcome, Progress, Ready, Strategy
 from raysys.train.trainer import train
-
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,51 +79,6 @@ class _Run:
         return reserved.selection.group if reserved and reserved.selection else self.privacy.group
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """All that training starts from."""
-
-    config: Config
-    root: Root
-    started: UpdateStarted
-    privacy: PrivacyPlan
-    ingested: Ingested
-    head: Head
-    """Of the previous version."""
-    adapted_weights: Mapping[str, FloatArray] | None
-    texts: list[str]
-    text_of_item: IndexArray
-    on_progress: Progress
-
-    def job(self, config: Config, privacy: PrivacyPlan) -> TrainJob:
-        """Returns the job of training under this config and plan."""
-        return TrainJob.of(
-            config,
-            privacy,
-            head=self.head,
-            adapted_weights=self.adapted_weights,
-            text_of_item=self.text_of_item,
-            seed=self.started.seed,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of training."""
-
-    output: TrainOutput
-    config: Config
-    """With which it was trained."""
-    num_steps: int
-    """For which it was trained."""
-    selected: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """Dotted config key -> what a selection chose."""
-    metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """Of the selection, kept beside those of the comparison."""
-    tells_time: bool = True
-    """False where the time that the update took would tell what must not be told."""
-
-
 def train_once(ready: Ready) -> Outcome:
     """Trains one model, as the config says."""
     output = train(
@@ -140,14 +91,6 @@ def train_once(ready: Ready) -> Outcome:
     )
     num_steps = ready.privacy.spend.num_steps
     return Outcome(output=output, config=ready.config, num_steps=num_steps)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Strategy:
-    """How an update comes by its new weights, and what that is charged."""
-
-    train: Callable[[Ready], Outcome] = train_once
-    charge: Charge = lambda state, spend, key_id: spend
 
 
 def run_update(
@@ -182,7 +125,7 @@ def run_update(
     delete_orphans(root, log)
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
-    strategy = strategy or Strategy()
+    strategy = strategy or Strategy(train=train_once)
 
     kept: KeptLoss | None = None
 

@@ -5,7 +5,8 @@
 
 It proves where a version came from: what was trained on, and that nothing else was. Under privacy
 the noise of item counts is taken from what was released, since it has no seed, and weights are not
-compared, for the same reason. What is made lies below `replays/` and is removed; nothing else of
+compared, for the same reason. Of a selection without privacy the trial that was chosen is trained
+again. What is made lies below `replays/` and is removed; nothing else of
 the root changes.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from raysys.config import Config, parse_config
+from raysys.config import Config, parse_config, with_values
 from raysys.errors import (
     PartitionChangedError,
     ReplayMismatchError,
@@ -33,6 +34,7 @@ from raysys.ingest.seen import key_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.scorer import Head
 from raysys.partitions.discover import changed
@@ -44,6 +46,11 @@ from raysys.storage import Root
 from raysys.train.loop import TrainJob
 from raysys.train.output import TrainOutput
 from raysys.train.trainer import train
+
+_WHY_NOT = (
+    "a selected trial can be trained again only without privacy, and if its hyperparameters did "
+    "not change on the way, which tune.scheduler: pbt does not see to"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +98,11 @@ def replay(
         ingested = _ingest(root, work, state, started, commit, recipe, then)
         _compare_examples(commit, ingested)
         on_progress(f"{ingested.num_examples:,} examples are those of {commit.update_id}")
-        with_weights = not commit.private and commit.version is not None
+        with_weights = _can_train_again(commit, then)
+        if commit.selected and not with_weights:
+            on_progress(f"the weights of {commit.update_id} are not compared: {_WHY_NOT}")
         if with_weights:
-            trained = _train(work, root, state, commit, then, ingested)
+            trained = _train(work, root, state, commit, _as_trained(commit, then), ingested)
             _compare_weights(root, commit, trained)
             on_progress(f"the weights are those of {commit.version}")
     finally:
@@ -104,6 +113,20 @@ def replay(
         num_shards=ingested.num_shards,
         weights=with_weights,
     )
+
+
+def _can_train_again(commit: UpdateCommitted, config: Config) -> bool:
+    changed_midway = bool(commit.selected) and config.tune.scheduler == "pbt"
+    return not commit.private and commit.version is not None and not changed_midway
+
+
+def _as_trained(commit: UpdateCommitted, config: Config) -> Config:
+    """Returns the config of the trial that was selected, which ran in one process; without a
+    selection the update's own."""
+    if not commit.selected:
+        return config
+    alone = {"train.num_workers": 1, "train.min_workers": 0}
+    return with_values(config, {**commit.selected, **alone})
 
 
 def _delete_abandoned(root: Root) -> None:
@@ -220,7 +243,8 @@ def _train(
         _, weights = load_weights(root, state.versions[commit.base_version])
         base = weights.head
     texts, text_of_item = text_indexes(ingested.items)
-    encode_new_texts(root, config.model, texts)
+    changed = None if weights is None else weights.adapted_weights
+    encode_new_texts(root, config.model, texts, activations_cut(config.model, changed or ()))
     train_config = config.train
     plan = PrivacyPlan.for_update(
         config.privacy,
@@ -228,7 +252,7 @@ def _train(
         num_count_releases=0,
     )
     job = TrainJob.of(
-        config, plan, head=base, adapted_weight=None if weights is None else weights.adapted_weight,
+        config, plan, head=base, adapted_weights=changed,
         text_of_item=text_of_item, seed=commit.seed,
     )  # fmt: skip
     return train(
@@ -239,8 +263,12 @@ def _train(
 
 def _compare_weights(root: Root, commit: UpdateCommitted, trained: TrainOutput) -> None:
     _, weights = load_weights(root, commit)
-    recorded_weights = {**weights.head.weights, "encoder": weights.adapted_weight}
-    trained_weights = {**trained.head.weights, "encoder": trained.merged_weight}
+    recorded_weights = {**weights.head.weights, **weights.adapted_weights}
+    trained_weights = {**trained.head.weights, **trained.adapted_weights}
+    if other := recorded_weights.keys() ^ trained_weights.keys():
+        raise ReplayMismatchError(
+            f"weights {', '.join(sorted(other))} are not in both {commit.version} and its replay"
+        )
     for name, recorded in recorded_weights.items():
         again = trained_weights[name]
         if not np.array_equal(recorded, again):

@@ -8,7 +8,9 @@ comes by its weights is its own. Nothing of the trials that lost is released.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import yaml
@@ -17,11 +19,20 @@ from raysys.config import Config
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.ledger.records import PrivacySpend, UpdateCommitted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
+from raysys.model.catalogue import encode_new_texts
 from raysys.partitions.discover import EVERYTHING, PartitionRange
+from raysys.privacy.kept import life_so_far
 from raysys.privacy.selection import check_space, plan_selection
-from raysys.train.trial import Trials
-from raysys.train.tune import select
-from raysys.update import Outcome, Progress, Ready, Strategy, run_update
+from raysys.storage import Root
+from raysys.strategy import Outcome, Progress, Ready, Strategy
+from raysys.train.output import TrainOutput
+from raysys.train.trial import Trials, plan_steps
+from raysys.train.tune import Winner, select
+from raysys.update import run_update, train_once
+
+_WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
+"""Keys that say which layers of the encoder a trial adapts."""
 
 
 def run_selection(
@@ -49,27 +60,31 @@ def charge_selection(
     config: Config, state: State, update: PrivacySpend, key_id: str
 ) -> PrivacySpend:
     """Returns what the update reserves: its releases, and the trials by the cheapest method."""
-    earlier = [spend for _, spend, _ in state.spends]
-    return plan_selection(config, update, earlier, key_id).spend
+    life = life_so_far(Root(config.root), state)
+    return plan_selection(config, update, life, key_id).spend
 
 
 def select_best(ready: Ready) -> Outcome:
     """Runs the trials; the best one's weights are the new ones."""
     reserved = ready.started.reserved
     selection = reserved.selection if reserved else None
+    spend = ready.privacy.spend
+    if selection is not None:
+        spend = dataclasses.replace(spend, num_steps=selection.num_steps, group=selection.group)
     ready.on_progress(_announcement(ready))
     trials = Trials(
         config=ready.config,
         selection=selection,
-        num_steps=ready.privacy.spend.num_steps,
+        spend=spend,
         head=ready.head,
-        adapted_weight=ready.adapted_weight,
+        adapted_weights=ready.adapted_weights,
         texts=ready.texts,
         text_of_item=ready.text_of_item,
         seed=ready.started.seed,
         root=ready.root,
         update_id=ready.started.update_id,
         num_shards=ready.ingested.num_shards,
+        own_users=selection is not None and selection.group != ready.privacy.group,
         score=HoldoutScore(
             root=ready.root,
             update_id=ready.started.update_id,
@@ -80,15 +95,36 @@ def select_best(ready: Ready) -> Outcome:
             max_difference=ready.config.tune.max_difference,
         ),
     )
+    _encode_for(trials)
     best = select(trials)
     ready.on_progress(f"selected, to be put into the config:\n{fragment(best.values)}")
+    config = trials.config_of(best.values)
     return Outcome(
-        output=best.output,
-        config=trials.config_of(best.values),
+        output=_trained_on_others(ready, config, best) if trials.own_users else best.output,
+        config=config,
+        num_steps=spend.num_steps,
         selected=best.values,
         metrics={"selection": _told(best.score, ready)},
         tells_time=selection is None or selection.method == "compose",
     )
+
+
+def _trained_on_others(ready: Ready, config: Config, best: Winner) -> TrainOutput:
+    """Trains on the users that no trial read, with what the best one chose."""
+    privacy = plan_steps(config, ready.privacy.spend, best.values)
+    return train_once(dataclasses.replace(ready, config=config, privacy=privacy)).output
+
+
+def _encode_for(trials: Trials) -> None:
+    """Caches the activations below the lowest layer that each of the trials may adapt."""
+    space = {key: values for key, values in trials.config.tune.space.items() if key in _WHERE}
+    models = [
+        trials.config_of(dict(zip(space, values, strict=True))).model
+        for values in itertools.product(*space.values())
+    ]
+    cuts = {activations_cut(model, trials.adapted_weights or ()): model for model in models}
+    for cut, model in cuts.items():
+        encode_new_texts(trials.root, model, trials.texts, cut)
 
 
 def _told(score: float, ready: Ready) -> dict[str, object]:

@@ -23,15 +23,15 @@ from raysys.evaluate.compare import Weights, compare
 from raysys.evaluate.gate import Decision, judge
 from raysys.evaluate.metrics import Comparison
 from raysys.evaluate.report import render_report
-from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.items import read_items
 from raysys.ingest.pipeline import Ingested, IngestJob, ingest
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import key_ids, updates_to_ask
 from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
-from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted
+from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted, UserGroup
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
@@ -47,13 +47,10 @@ from raysys.privacy.statement import build_statement
 from raysys.registry.recipe import Recipe
 from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
-from raysys.reserve import Charge, Planner, check_catalogue, planned_spend, reserve
+from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
-from raysys.train.loop import TrainJob
-from raysys.train.output import TrainOutput
+from raysys.strategy import Outcome, Progress, Ready, Strategy
 from raysys.train.trainer import train
-
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +64,6 @@ class _Run:
     started: UpdateStarted
     plan: UpdatePlan
     privacy: PrivacyPlan
-    """Of a plain update."""
     lease: Lease
     on_progress: Progress
     began: float
@@ -76,49 +72,11 @@ class _Run:
     def update_id(self) -> str:
         return self.started.update_id
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """All that training starts from."""
-
-    config: Config
-    root: Root
-    started: UpdateStarted
-    privacy: PrivacyPlan
-    """Of a plain update."""
-    ingested: Ingested
-    head: Head
-    """Of the previous version."""
-    adapted_weight: FloatArray | None
-    texts: list[str]
-    text_of_item: IndexArray
-    on_progress: Progress
-
-    def job(self, config: Config, privacy: PrivacyPlan) -> TrainJob:
-        """Returns the job of training under this config and plan."""
-        return TrainJob.of(
-            config,
-            privacy,
-            head=self.head,
-            adapted_weight=self.adapted_weight,
-            text_of_item=self.text_of_item,
-            seed=self.started.seed,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of training."""
-
-    output: TrainOutput
-    config: Config
-    """With which it was trained."""
-    selected: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """Dotted config key -> what a selection chose."""
-    metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """Of the selection, kept beside those of the comparison."""
-    tells_time: bool = True
-    """False where the time that the update took would tell what must not be told."""
+    @property
+    def tried(self) -> UserGroup | None:
+        """The users whom a selection's trials read."""
+        reserved = self.started.reserved
+        return reserved.selection.group if reserved and reserved.selection else self.privacy.group
 
 
 def train_once(ready: Ready) -> Outcome:
@@ -131,15 +89,8 @@ def train_once(ready: Ready) -> Outcome:
         update_id=ready.started.update_id,
         num_shards=ready.ingested.num_shards,
     )
-    return Outcome(output=output, config=ready.config)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Strategy:
-    """How an update comes by its new weights, and what that is charged."""
-
-    train: Callable[[Ready], Outcome] = train_once
-    charge: Charge = lambda state, spend, key_id: spend
+    num_steps = ready.privacy.spend.num_steps
+    return Outcome(output=output, config=ready.config, num_steps=num_steps)
 
 
 def run_update(
@@ -169,11 +120,12 @@ def run_update(
     root.check_writable()
     keys = Pseudonymizer.from_config(config.pseudonyms)
     weights_sha256(resolve_encoder(config.model.encoder))
+    activations_cut(config.model)
     log = Log(root)
     delete_orphans(root, log)
     planner = Planner(root, config, within)
     owner = f"{platform.node()}:{os.getpid()}"
-    strategy = strategy or Strategy()
+    strategy = strategy or Strategy(train=train_once)
 
     kept: KeptLoss | None = None
 
@@ -282,6 +234,7 @@ def _ingest(run: _Run) -> Ingested:
         key_ids=key_ids(run.state.committed),
         seed=run.started.seed,
         group=run.privacy.group,
+        tried=run.tried,
     )
     Recipe.of(run.config, read_before=job.read_before).save(run.root, run.update_id)
     ingested = ingest(job, run.plan.item_files)
@@ -321,7 +274,9 @@ def _load_base(run: _Run) -> tuple[Head, VersionWeights | None]:
 def _prepare(run: _Run, ingested: Ingested) -> Ready:
     texts, text_of_item = text_indexes(ingested.items)
     base, base_weights = _load_base(run)
-    num_new = encode_new_texts(run.root, run.config.model, texts)
+    changed = None if base_weights is None else base_weights.adapted_weights
+    cut = activations_cut(run.config.model, changed or ())
+    num_new = encode_new_texts(run.root, run.config.model, texts, cut)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
     return Ready(
         config=run.config,
@@ -330,7 +285,7 @@ def _prepare(run: _Run, ingested: Ingested) -> Ready:
         privacy=run.privacy,
         ingested=ingested,
         head=base,
-        adapted_weight=None if base_weights is None else base_weights.adapted_weight,
+        adapted_weights=changed,
         texts=texts,
         text_of_item=text_of_item,
         on_progress=run.on_progress,
@@ -351,7 +306,8 @@ def _publish(
         base_version=run.plan.base_version,
         encoder=config.model.encoder,
         encoder_sha256=weights_sha256(resolve_encoder(config.model.encoder)),
-        adapted_module=trained.adapted_module,
+        adapter=config.model.adapter,
+        adapted_modules=trained.adapted_modules,
         max_tokens=config.model.max_tokens,
         lora_rank=config.model.lora_rank,
         alpha=config.train.alpha,
@@ -362,7 +318,7 @@ def _publish(
     )
     weights = VersionWeights(
         head=trained.head,
-        adapted_weight=trained.merged_weight,
+        adapted_weights=trained.adapted_weights,
         texts=ready.texts,
         text=trained.text_after,
     )
@@ -385,7 +341,7 @@ def _report(
             "outcomes": ingested.label_counts["outcomes"],
             "requests": ingested.label_counts["requests"],
             "users": ingested.num_users,
-            "steps": run.privacy.spend.num_steps,
+            "steps": outcome.num_steps,
             **({"selected": dict(outcome.selected)} if outcome.selected else {}),
             **outcome.metrics,
         },

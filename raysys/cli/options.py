@@ -13,6 +13,9 @@ from raysys.storage import Root
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The shop's YAML file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TuneOption = Annotated[
+    bool, typer.Option("--tune", help="Of an update by selection, as jobs/tune.py runs it.")
+]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Recorded in the ledger.")]
 
 

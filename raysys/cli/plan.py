@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raysys.cli.options import ConfigOption, JsonOption, open_shop
+from raysys.cli.options import ConfigOption, JsonOption, TuneOption, open_shop
 from raysys.cli.show import active_json, active_lines, print_result, table
 from raysys.config import Config
 from raysys.errors import ConfigError, RaysysError
@@ -17,13 +17,16 @@ from raysys.storage import Root
 
 if TYPE_CHECKING:
     from raysys.privacy.budget import Forecast
+    from raysys.privacy.selection import SelectionPlan
 
 _MAX_ROWS = 40
 """Partitions listed for people; `--json` lists all."""
 
 
-def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
+def plan(config: ConfigOption, as_json: JsonOption = False, tune: TuneOption = False) -> None:
     """Show what the next update would read, set aside and spend. Changes nothing.
+
+    With --tune the next update is one that jobs/tune.py runs.
 
     Ends with 1 and the update's own message where the update would be refused.
     """
@@ -35,10 +38,14 @@ def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
     root, state = Root(shop.root), log.refresh()
     planned = Planner(root, shop).plan(state)
     spend = planned_spend(shop, planned, group_in_turn(shop, state, _key_id(shop, state)))
+    selected = _selection(shop, state, spend) if tune else None
+    if selected is not None:
+        spend = selected.spend
     expected = forecast(state, [spend], shop.privacy, root) if shop.privacy.enabled else None
     refusal = _refusal(shop, state, planned, spend)
     print_result(
-        _body(shop, state, planned, spend, expected, refusal),
+        _body(shop, state, planned, spend, expected, refusal)
+        | ({"epsilon_by_method": selected.epsilon_by_method} if selected else {}),
         as_json,
         [
             *_partition_lines(planned),
@@ -46,11 +53,46 @@ def plan(config: ConfigOption, as_json: JsonOption = False) -> None:
             _start_line(planned),
             f"watermark  {planned.watermark} (now {state.watermark or 'none'})",
             *_spend_lines(shop, spend, expected),
+            *(_selection_lines(selected) if selected else []),
             *active_lines(state),
         ],
     )
     if refusal is not None:
         raise refusal
+
+
+def _selection(shop: Config, state: State, spend: PrivacySpend) -> SelectionPlan | None:
+    """Returns the trials of the next update, None if they cost nothing."""
+    from raysys.privacy.kept import life_so_far
+    from raysys.privacy.selection import check_space, plan_selection
+
+    check_space(shop)
+    if not shop.privacy.enabled:
+        return None
+    life = life_so_far(Root(shop.root), state)
+    return plan_selection(shop, spend, life, _key_id(shop, state))
+
+
+def _selection_lines(planned: SelectionPlan) -> list[str]:
+    """Returns how many trials there will be and why they are charged as they are."""
+    from raysys.privacy.selection import num_trials_quantile
+
+    trials = planned.selection
+    num = f"{trials.num_trials} of {trials.num_steps} steps"
+    if trials.method == "repeat":
+        most = num_trials_quantile(trials.mean_trials, trials.shape, 0.99)
+        num = (
+            f"a random number, {trials.mean_trials:g} on average and up to {most} in 99 of 100 "
+            f"selections, of {trials.num_steps} steps"
+        )
+    costs = ", ".join(f"{name} {cost:.3f}" for name, cost in planned.epsilon_by_method.items())
+    where = (
+        f", on users of group {trials.group.scheme}:{trials.group.index}" if trials.group else ""
+    )
+    return [
+        f"trials     {num}{where}",
+        f"method     {trials.method}: epsilon after the update by method: {costs}",
+    ]
 
 
 def _key_id(shop: Config, state: State) -> str:

@@ -116,8 +116,8 @@ def _convert(hint: Any, value: object, key: str) -> object:
         item_hint = typing.get_args(hint)[1]
         return {str(k): _convert(item_hint, v, f"{key}.{k}") for k, v in value.items()}
     if origin is tuple:
-        require(isinstance(value, list), key, value, "a list")
-        assert isinstance(value, list)
+        require(isinstance(value, list | tuple), key, value, "a list")
+        assert isinstance(value, list | tuple)
         item_hint = typing.get_args(hint)[0]
         return tuple(_convert(item_hint, item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is object:

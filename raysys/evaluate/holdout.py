@@ -46,7 +46,7 @@ class HoldoutScore:
         after, total = Weights(head=trained.head, text=trained.text_after), 0.0
         for shard in range(self.num_shards):
             for case in read_cases(self.root.read_bytes(cases_path(self.update_id, shard))):
-                if case.held_out:
+                if case.held_out and case.tried:
                     total += self._change(case, before, after)
         return total
 

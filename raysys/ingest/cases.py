@@ -19,6 +19,7 @@ from raysys.ingest.history import Histories
 _HISTORY = ("items", "count", "decayed", "first_ts", "last_ts")
 CASE_SCHEMA = {
     "held_out": pl.Boolean(),
+    "tried": pl.Boolean(),
     "draw": pl.Float64(),
     "now": pl.Float64(),
     "positives": pl.List(pl.Int32()),
@@ -32,6 +33,8 @@ class Case:
     """One user's evaluation window, seen from its beginning."""
 
     held_out: bool
+    tried: bool
+    """Whether a selection's trials may score it."""
     draw: float
     """Uniform in [0, 1), of this user alone: who is below a fraction depends on nobody else."""
     history: UserHistory
@@ -53,7 +56,7 @@ def build_cases(
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
-      held_out: HELD_OUT_SCHEMA of at least these users.
+      held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether trials may score them.
       seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)
@@ -69,8 +72,8 @@ def build_cases(
         positives, gains = strongest(user["item"], user["gain"])
         columns = {name: getattr(history, name).tolist() for name in _HISTORY}
         chosen = {"positives": positives.tolist(), "gains": gains.tolist()}
-        own = {"held_out": user["held_out"], "draw": user["draw"], "now": window_start}
-        rows.append({**own, **chosen, **columns})
+        own = {name: user[name] for name in ("held_out", "tried", "draw")}
+        rows.append({**own, "now": window_start, **chosen, **columns})
     return pl.DataFrame(rows, schema=CASE_SCHEMA)
 
 
@@ -83,7 +86,8 @@ def read_cases(data: bytes) -> Iterator[Case]:
             **{name: np.array(row[name], np.float64) for name in _HISTORY[1:]},
         )
         yield Case(
-            held_out=row["held_out"], draw=row["draw"], history=history, now=row["now"],
+            held_out=row["held_out"], tried=row["tried"], draw=row["draw"], history=history,
+            now=row["now"],
             positives=np.array(row["positives"], np.int32),
             gains=np.array(row["gains"], np.float32),
         )  # fmt: skip

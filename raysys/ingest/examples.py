@@ -96,6 +96,8 @@ class ShardSettings:
     """The key of the pseudonyms."""
     group: UserGroup | None = None
     """The users who are trained on: the others are not charged. None for everyone."""
+    tried: UserGroup | None = None
+    """The users whom a selection's trials train on and score. None: as the update does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +105,8 @@ class ShardResult:
     """What ingest makes of one user shard."""
 
     examples: ExampleSet
+    trial_examples: ExampleSet | None
+    """Of those whom trials train on, where they are others than the update trains on."""
     cases: pl.DataFrame
     state: ShardState
     num_users: int
@@ -140,10 +144,19 @@ def build_shard(
     requests, fates = _requests(labelled, held_out, settings)
     _require_group(requests["user"], settings)
     window = _after_history(outcomes, before.histories)
-    lookup = _lookup(outcomes, before, pl.concat([requests["user"], window["user"]]), settings)
+    tried = _tried_requests(labelled, held_out, settings)
+    users = [requests["user"], window["user"], *([] if tried is None else [tried["user"]])]
+    lookup = _lookup(outcomes, before, pl.concat(users), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
-        cases=build_cases(window, lookup, settings.window_start, held_out, seed=settings.seed),
+        trial_examples=None if tried is None else _examples(tried, lookup, settings),
+        cases=build_cases(
+            window,
+            lookup,
+            settings.window_start,
+            held_out.with_columns(tried=_in_group(held_out["user"], settings.tried, settings)),
+            seed=settings.seed,
+        ),
         state=_state_after(before, labelled, held_out, settings),
         num_users=outcomes["user"].n_unique(),
         impressions=labelled.impressions,
@@ -221,7 +234,7 @@ def _requests(
     requests = pl.concat([shown, unshown], how="diagonal")
     in_training = held_out.filter(~pl.col("held_out"))
     trainable = requests.join(in_training, on="user", how="semi", maintain_order="left")
-    trained = trainable.filter(_in_group(trainable["user"], settings)).with_columns(
+    trained = trainable.filter(_in_group(trainable["user"], settings.group, settings)).with_columns(
         _positive=pl.col("gain").list.max() > 0
     )
     useful = trained.filter("_positive") if settings.needs_outcome else trained
@@ -241,15 +254,26 @@ def _requests(
     return kept.sort("user", "ts", "request_id", "copy"), fates
 
 
-def _in_group(users: pl.Series, settings: ShardSettings) -> pl.Series:
-    if settings.group is None:
+def _tried_requests(
+    labelled: Labelled, held_out: pl.DataFrame, settings: ShardSettings
+) -> pl.DataFrame | None:
+    if settings.tried is None or settings.tried == settings.group:
+        return None
+    tried = dataclasses.replace(settings, group=settings.tried)
+    requests, _ = _requests(labelled, held_out, tried)
+    _require_group(requests["user"], tried)
+    return requests
+
+
+def _in_group(users: pl.Series, group: UserGroup | None, settings: ShardSettings) -> pl.Series:
+    if group is None:
         return pl.repeat(True, len(users), eager=True)
-    return pl.Series(in_group(users, settings.group, key_id=settings.user_key_id), dtype=pl.Boolean)
+    return pl.Series(in_group(users, group, key_id=settings.user_key_id), dtype=pl.Boolean)
 
 
 def _require_group(users: pl.Series, settings: ShardSettings) -> None:
     """Refuses to train on anyone who is not charged: afterwards nobody could tell who it was."""
-    num_others = int((~_in_group(users, settings)).sum())
+    num_others = int((~_in_group(users, settings.group, settings)).sum())
     if num_others:
         raise PrivacyError(
             f"{num_others} of {len(users)} examples are of users outside the group "

@@ -85,6 +85,8 @@ class IngestJob:
     """Of caps and negatives, so that a retried task makes the same."""
     group: UserGroup | None = None
     """The users who are trained on; None for everyone."""
+    tried: UserGroup | None = None
+    """The users whom a selection's trials train on and score; None: as the update does."""
 
     @property
     def num_shards(self) -> int:
@@ -290,6 +292,9 @@ def _build_shard(
     examples = result.examples.to_bytes()
     path = examples_path(job.update_id, shard)
     job.work.put(path, examples)
+    if result.trial_examples is not None:
+        path_of_trials = trial_examples_path(job.update_id, shard)
+        job.work.put(path_of_trials, result.trial_examples.to_bytes())
     job.work.put(cases_path(job.update_id, shard), to_parquet(result.cases))
     save_shard_state(job.work, job.update_id, shard, job.num_shards, result.state)
     return {
@@ -314,12 +319,18 @@ def _settings(job: IngestJob, timeline: Timeline) -> ShardSettings:
         seed=job.seed,
         user_key_id=job.user_key_id,
         group=job.group,
+        tried=job.tried,
     )
 
 
 def examples_path(update_id: str, shard: int) -> str:
     """Where a shard's training examples are while the update is at work."""
     return f"{staging(update_id)}/examples/{shard:04}.arrow"
+
+
+def trial_examples_path(update_id: str, shard: int) -> str:
+    """Where the examples of a selection's trials are, where they are of other users."""
+    return f"{staging(update_id)}/trial-examples/{shard:04}.arrow"
 
 
 def cases_path(update_id: str, shard: int) -> str:

@@ -27,6 +27,9 @@ class EpsilonDelta:
     delta: float
 
 
+_MOST_EPSILON = 500.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Charge:
     """A mechanism that ran a number of times on the data of some users."""
@@ -86,9 +89,11 @@ def _repeat_and_select(selection: SelectionSpend) -> dp_accounting.DpEvent:
     accountant = rdp.RdpAccountant()
     accountant.compose(RepeatAndSelectDpEvent(trial, selection.mean_trials, selection.shape))
     bound = float(accountant.get_epsilon(selection.delta)) if selection.delta > 0 else math.inf
-    if not math.isfinite(bound):
+    # Beyond it the privacy loss cannot be written as a distribution: e^epsilon overflows.
+    if not bound <= _MOST_EPSILON:
         raise PrivacyError(
-            f"a selection of {selection.mean_trials:g} trials on average has no finite epsilon at "
-            f"delta {selection.delta:g}; give it a larger delta, or trials with more noise"
+            f"a selection of {selection.mean_trials:g} trials on average has no epsilon below "
+            f"{_MOST_EPSILON:g} at delta {selection.delta:g}; give it a larger delta, or trials "
+            "and their scores more noise"
         )
     return EpsilonDelta(epsilon=bound, delta=selection.delta)

@@ -1,12 +1,12 @@
 """Which trials a selection runs and what they cost, decided before any data is read. Pure.
 
-    Config, the update's spend, earlier spends -> plan_selection() -> .spend, reserved in the ledger
+    Config, the update's spend, life so far -> plan_selection() -> .spend, reserved in the ledger
     SelectionSpend -> draw_num_trials(), draw_values(), noise_score() -> train.tune, which runs them
 
 `repeat` draws the number of trials from a truncated negative binomial, runs each on hyperparameters
-drawn independently, and releases the best one alone. That costs two to three times a single trial
-whatever the mean number is, if nothing else leaves: not the number, not a loser's score, and no
-trial may stop or be dropped for what it came to. Source: Papernot and Steinke, "Hyperparameter
+drawn independently, and releases the best one alone. What that costs grows slowly with the mean
+number, if nothing else leaves: not the number, not a loser's score, and no trial may stop or be
+dropped for what it came to. Source: Papernot and Steinke, "Hyperparameter
 Tuning with Renyi Differential Privacy" (arXiv 2110.03620), Definition 1 and Theorem 2.
 
     P(K = k) = (1-g)^k / (g^-eta - 1) * prod_{l<k} (l + eta) / (l + 1)    for k = 1, 2, …
@@ -25,10 +25,10 @@ from typing import Literal
 import numpy as np
 
 from raysys.config import Config
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, PrivacyError
 from raysys.ingest.groups import tuning_group
 from raysys.ledger.records import PrivacySpend, SelectionSpend
-from raysys.privacy.accounting import epsilon
+from raysys.privacy.composed import Composed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,24 +62,45 @@ def check_space(config: Config) -> None:
 
 
 def plan_selection(
-    config: Config, update: PrivacySpend, earlier: Sequence[PrivacySpend], key_id: str
+    config: Config, update: PrivacySpend, life: Composed, key_id: str
 ) -> SelectionPlan:
     """Returns the cheapest way to run the trials that `tune.method` admits.
 
     Args:
       update: What an update without selection would spend.
-      earlier: The life of the model so far, on top of which methods are compared.
+      life: What the model lost so far, on top of which methods are compared.
       key_id: Names the key of the pseudonyms by which `shard` splits users.
+
+    Raises:
+      ConfigError: The users are split another way already.
+      PrivacyError: The one method that is admitted has no bound.
     """
+    if config.tune.method == "shard" and update.group is not None:
+        raise ConfigError(
+            "tune.method: expected auto, repeat or compose with privacy.cohorts "
+            f"{config.privacy.cohorts}, whose split of the users another split would cross, got "
+            "'shard'"
+        )
     ways: dict[str, PrivacySpend] = {
         method: _spend(config, update, method, key_id)
         for method in ("repeat", "compose")
         if config.tune.method in (method, "auto", "shard") and _can(method, config)
     }
     costs = {
-        method: epsilon([*earlier, spend], config.privacy.delta) for method, spend in ways.items()
+        method: _epsilon_after(life, spend, config.privacy.delta, alone=len(ways) == 1)
+        for method, spend in ways.items()
     }
     return SelectionPlan(spend=ways[min(costs, key=costs.__getitem__)], epsilon_by_method=costs)
+
+
+def _epsilon_after(life: Composed, spend: PrivacySpend, delta: float, *, alone: bool) -> float:
+    """Returns infinity for a method that has no bound, if there is another one to take."""
+    try:
+        return life.plus(spend).epsilon(delta)
+    except PrivacyError:
+        if alone:
+            raise
+        return math.inf
 
 
 def _can(method: str, config: Config) -> bool:
@@ -170,7 +191,8 @@ def _num_trials(mean: float, shape: float) -> Iterator[tuple[int, float]]:
     """Yields (k, P(K = k)) for k = 1, 2, …"""
     gamma = halting_probability(mean, shape)
     growth = -math.log(gamma)
-    probability = (1 - gamma) * (shape / math.expm1(shape * growth) if shape else 1 / growth)
+    exponent = shape * growth
+    probability = (1 - gamma) / growth * (exponent / math.expm1(exponent) if exponent else 1)
     for num in itertools.count(1):
         yield num, probability
         probability *= (1 - gamma) * (num + shape) / (num + 1)
@@ -195,5 +217,6 @@ def halting_probability(mean: float, shape: float) -> float:
 def _mean(gamma: float, shape: float) -> float:
     """Falls from infinity to 1 as `gamma` rises from 0 to 1."""
     growth = -math.log(gamma)
-    inverse = shape / -math.expm1(-shape * growth) if shape else 1 / growth
-    return inverse * (1 / gamma - 1)
+    exponent = shape * growth
+    factor = exponent / -math.expm1(-exponent) if exponent else 1
+    return factor / growth * (1 / gamma - 1)

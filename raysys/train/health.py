@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from raysys.errors import HealthError
 from raysys.ingest.features import NUM_FEATURES, FloatArray
-from raysys.model.encoder import TextEncoder, TokenActivations, adapted_layer
+from raysys.model.encoder import TokenActivations
 from raysys.model.scorer import Head, head_inputs
 
 SCORE_TOLERANCE = 1e-6
@@ -61,18 +59,21 @@ def require_moved(
     trainable: Iterable[tuple[str, torch.nn.Parameter]],
     before: Iterable[torch.Tensor],
     adam: torch.optim.Optimizer,
+    emptied: Iterable[torch.Tensor] = (),
 ) -> None:
     """Checks that training moved the weights that it should have moved.
 
     What nothing ever pulled at may stay as it was. Noise pulls at everything; without it LoRA has
-    no gradient where no user has a history yet.
+    no gradient where no user has a history yet. What AdaLoRA has taken all rank from is back where
+    it began: `emptied`.
 
     Raises:
       HealthError: A weight that was pulled at did not move or is not finite, or none moved.
     """
-    moved = {}
+    moved, zeroed = {}, {id(parameter) for parameter in emptied}
     for (name, parameter), old in zip(trainable, before, strict=True):
         pulled = adam.state[parameter]["exp_avg_sq"].any() if parameter in adam.state else True
+        pulled = pulled and id(parameter) not in zeroed
         moved[name] = not torch.equal(parameter, old)
         if not torch.isfinite(parameter).all() or (pulled and not moved[name]):
             raise HealthError(
@@ -126,18 +127,3 @@ def probe_scores(head: Head, text: FloatArray) -> FloatArray:
 def probe(activations: TokenActivations) -> TokenActivations:
     """Returns the activations of the probe's texts, perhaps fewer than `NUM_PROBE_TEXTS`."""
     return activations.select(activations.texts[:NUM_PROBE_TEXTS])
-
-
-def merged_from_adapter(
-    folder: Path, encoder: TextEncoder, previous: FloatArray | None
-) -> FloatArray:
-    """Returns the adapted weight that the adapter in a folder makes of the previous version's.
-
-    It consumes the encoder.
-    """
-    dense = adapted_layer(encoder.model).output.dense
-    if previous is not None:
-        dense.weight.data = torch.from_numpy(previous.copy())
-    merged = PeftModel.from_pretrained(encoder.model, str(folder)).merge_and_unload()
-    weight: FloatArray = adapted_layer(merged).output.dense.weight.detach().numpy()
-    return weight

@@ -20,8 +20,9 @@ import torch
 from raysys.config import Config, with_values
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
-from raysys.ingest.pipeline import examples_path
-from raysys.ledger.records import SelectionSpend
+from raysys.ingest.pipeline import examples_path, trial_examples_path
+from raysys.ledger.records import PrivacySpend, SelectionSpend
+from raysys.model.adapter import activations_cut
 from raysys.model.encoder import TokenActivations, cache_folder, load_cached
 from raysys.model.scorer import Head
 from raysys.privacy.plan import PrivacyPlan
@@ -39,16 +40,19 @@ class Trials:
     config: Config
     selection: SelectionSpend | None
     """None without privacy."""
-    num_steps: int
+    spend: PrivacySpend
+    """Steps of each trial; those with other noise than this draw it."""
     head: Head
     """Of the previous version."""
-    adapted_weight: FloatArray | None
+    adapted_weights: Mapping[str, FloatArray] | None
     texts: list[str]
     text_of_item: IndexArray
     seed: int
     root: Root
     update_id: str
     num_shards: int
+    own_users: bool
+    """Whether trials read other users than the update trains on."""
     score: Callable[[TrainOutput], float]
     """Of L2 sensitivity 1."""
 
@@ -59,9 +63,7 @@ class Trials:
     def job(self, values: Mapping[str, object]) -> TrainJob:
         """Returns the job of a trial."""
         config = self.config_of(values)
-        plan = PrivacyPlan.for_update(
-            config.privacy, num_steps=self.num_steps, num_count_releases=0
-        )
+        plan = plan_steps(config, self.spend, values)
         assert self.selection is None or plan.spend.noise_multiplier >= (
             self.selection.noise_multiplier
         ), "the least noise of the space is what is charged"
@@ -69,10 +71,16 @@ class Trials:
             config,
             plan,
             head=self.head,
-            adapted_weight=self.adapted_weight,
+            adapted_weights=self.adapted_weights,
             text_of_item=self.text_of_item,
             seed=self.seed,
         )
+
+
+def plan_steps(config: Config, spend: PrivacySpend, values: Mapping[str, object]) -> PrivacyPlan:
+    """Returns the plan of training with hyperparameters that were drawn: their noise, if any."""
+    noise = float(str(values.get("privacy.noise_multiplier", spend.noise_multiplier)))
+    return PrivacyPlan.of(config.privacy, dataclasses.replace(spend, noise_multiplier=noise))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,14 +114,17 @@ def run_trial(
     """
     assert every is None or trials.selection is None, "an intermediate score is not charged"
     job, held = trials.job(values), _Held(start)
+    path = trial_examples_path if trials.own_users else examples_path
     shards = [
-        ExampleSet.from_bytes(trials.root.read_bytes(examples_path(trials.update_id, shard)))
+        ExampleSet.from_bytes(trials.root.read_bytes(path(trials.update_id, shard)))
         for shard in range(trials.num_shards)
     ]
-    folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    cut = activations_cut(job.model, job.adapted_weights or ())
+    folder = cache_folder(job.model.encoder, job.model.max_tokens, cut)
     activations = load_cached(trials.root, folder).select(trials.texts)
-    while held.latest() < trials.num_steps:
-        until = min(held.latest() + (every or trials.num_steps), trials.num_steps)
+    num_steps = trials.spend.num_steps
+    while held.latest() < num_steps:
+        until = min(held.latest() + (every or num_steps), num_steps)
         trained = _train(job, shards, activations, held, until)
         with tempfile.TemporaryDirectory() as directory:
             write_output(Path(directory), trained, encoder=job.model.encoder)

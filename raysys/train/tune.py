@@ -114,7 +114,7 @@ def _select_openly(trials: Trials, vault: VaultActor) -> Winner:
             num_samples=math.ceil(config.mean_trials),
             reuse_actors=True,
             search_alg=search,
-            scheduler=scheduler_of(config, trials.num_steps),
+            scheduler=scheduler_of(config, trials.spend.num_steps),
         ),
         run_config=tune.RunConfig(
             name="trials",
@@ -146,11 +146,11 @@ def _private_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) ->
 
 def _open_trial(config: dict[str, Any], trials: Trials, vault: VaultActor) -> None:
     space, start = trials.config.tune.space, tune.get_checkpoint()
-    every = None if trials.config.tune.scheduler == "fifo" else look_every(trials.num_steps)
+    every = None if trials.config.tune.scheduler == "fifo" else look_every(trials.spend.num_steps)
     values = values_of(config, space)
     with _failing_all(trials, values, vault):
         for look in run_trial(trials, values, every=every, start=start and read_checkpoint(start)):
-            if look.num_steps == trials.num_steps:
+            if look.num_steps == trials.spend.num_steps:
                 _offer(look, values, vault)
             with tempfile.TemporaryDirectory() as folder:
                 tune.report(

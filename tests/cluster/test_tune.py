@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.store import load_version
 from raysys.registry.version import version_path
+from raysys.replay import replay
 from raysys.select import run_selection
 from raysys.storage import Root
 from raysys.train import tune
@@ -94,7 +96,7 @@ def marks(losers: list[Trial]) -> list[bytes]:
     """How a loser's score, learning rate and weights would look, wherever they were written."""
     found = [trial.weights for trial in losers]
     for number in [x for trial in losers for x in (trial.rate, trial.noised)]:
-        found += [f"{number:.7g}".encode(), struct.pack("<d", number), struct.pack("<f", number)]
+        found += [repr(number)[:10].encode(), struct.pack("<d", number), struct.pack("<f", number)]
     return found
 
 
@@ -185,9 +187,11 @@ class TestPrivately:
 
         monkeypatch.setattr(tune, "_private_trial", leaking_trial)
         monkeypatch.setattr(Silence, "forget", lambda self: None)
-        path = shop_of(tmp_path, local_root, tiny_encoder, PRIVATE)
-        commit = run_selection(load_config(path), told.line)
+        config = load_config(shop_of(tmp_path, local_root, tiny_encoder, PRIVATE))
+        commit = run_selection(config, told.line)
         found = traces(local_root, told(), losers_of(commit, spy))
+        for path in leftovers():
+            shutil.rmtree(path)
         assert any("driver_artifacts/experiment_state" in name for name in found)
 
     def test_a_trial_that_fails_fails_the_selection_which_stays_charged(
@@ -217,4 +221,28 @@ def test_without_privacy_ray_tune_may_choose(
     assert find_problems(local_root) == [] and commit.spent is None
     assert commit.selected[RATE] in (0.001, 0.003, 0.01) and commit.seconds > 0
     assert commit.metrics["selection"]["noise_std"] == 0
+    load_version(local_root, commit).check_golden()
+    # The trial that was chosen can be trained again, unless it copied from others on the way.
+    lines: list[str] = []
+    again = replay(load_config(path), str(commit.version), lines.append)
+    assert again.weights == ("pbt" not in how)
+    assert any("pbt does not see to" in line for line in lines) == ("pbt" in how)
+
+
+def test_on_a_shard_trials_and_release_read_different_users(
+    local_root: Root, tmp_path: Path, tiny_encoder: str
+) -> None:
+    section = (
+        f"tune: {{space: {{{RATE}: [0.001, 0.003], model.target_modules: [[query, value], "
+        "[output.dense]], model.num_adapted_layers: [1, 2]}, method: shard, mean_trials: 2}\n"
+    )
+    path = shop_of(tmp_path, local_root, tiny_encoder, section)
+    commit = run_selection(load_config(path))
+    assert find_problems(local_root) == []
+    spent, state = commit.spent, Log(local_root).refresh()
+    assert spent is not None and spent.selection is not None and state.active is None
+    assert spent.num_steps == spent.selection.num_steps == 6
+    assert spent.group is not None and spent.selection.group is not None
+    assert spent.group.scheme == spent.selection.group.scheme
+    assert commit.label_counts["requests"]["other_group"] > 0
     load_version(local_root, commit).check_golden()

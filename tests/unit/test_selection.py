@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from raysys.config import Config, parse_config
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, PrivacyError
 from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.privacy import selection
 from raysys.privacy.accounting import epsilon
+from raysys.privacy.composed import Composed
 from raysys.privacy.selection import (
     check_space,
     draw_num_trials,
@@ -48,7 +49,7 @@ def shop(tune: dict[str, Any], **privacy: Any) -> Config:
 
 
 def plan(update: PrivacySpend, **tune: Any) -> selection.SelectionPlan:
-    return plan_selection(shop(tune), update, [], "key")
+    return plan_selection(shop(tune), update, Composed.nothing(), "key")
 
 
 def repeated(mean: float, shape: float) -> SelectionSpend:
@@ -61,28 +62,36 @@ class TestMethod:
     def test_for_the_small_daily_update_composition_is_cheaper(self) -> None:
         found = plan(DAILY, **NO_SCORE)
         assert found.selection.method == "compose"
-        assert found.epsilon_by_method["compose"] == pytest.approx(1.424, abs=2e-3)
+        assert found.epsilon_by_method["compose"] == pytest.approx(1.424, rel=2e-3)
         assert found.epsilon_by_method["repeat"] > 1.734
 
     def test_for_one_gaussian_release_repetition_is_cheaper(self) -> None:
         found = plan(GAUSSIAN, **NO_SCORE)
         assert found.selection.method == "repeat"
-        assert found.epsilon_by_method["repeat"] == pytest.approx(3.452, abs=2e-3)
+        assert found.epsilon_by_method["repeat"] == pytest.approx(3.452, rel=2e-3)
 
     def test_what_was_spent_before_decides_too(self) -> None:
         """The cheaper one is the one after which the model's whole life has cost less."""
         earlier = [GAUSSIAN] * 3
-        found = plan_selection(shop({}), DAILY, earlier, "key")
+        found = plan_selection(shop({}), DAILY, Composed.nothing().plus(*earlier), "key")
         alone = plan(DAILY)
         for method, after in found.epsilon_by_method.items():
             assert after > alone.epsilon_by_method[method]
         assert min(found.epsilon_by_method.values()) == pytest.approx(
-            epsilon([*earlier, found.spend], 1e-6)
+            epsilon([*earlier, found.spend], 1e-6), rel=2e-3
         )
 
     @pytest.mark.parametrize("method", ["repeat", "compose"])
     def test_the_config_may_decide(self, method: str) -> None:
         assert plan(DAILY, method=method).selection.method == method
+
+    def test_what_has_no_bound_is_not_taken(self) -> None:
+        tune = {"score_noise_multiplier": 0.01}
+        found = plan(DAILY, **tune)
+        assert found.selection.method == "compose"
+        assert found.epsilon_by_method["repeat"] == float("inf")
+        with pytest.raises(PrivacyError, match="10 trials on average has no epsilon below 500"):
+            plan(DAILY, method="repeat", **tune)
 
     def test_one_trial_on_average_is_one_trial(self) -> None:
         found = plan(GAUSSIAN, mean_trials=1.0).selection

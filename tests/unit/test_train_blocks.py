@@ -25,6 +25,7 @@ from raysys.train.step import Stepper
 from tests import tiny_shop
 from tests.helpers import started
 
+ADAPTED = "encoder.layer.1.output.dense"
 UPDATE = "u0001-aaaaaa"
 NUM_STEPS, SIZE = 8, 3
 PLAN = tiny_shop.plan(num_steps=NUM_STEPS)
@@ -167,7 +168,7 @@ def test_weights_and_moments_go_on_from_the_checkpoint(
     def spy(self: Stepper, step: int) -> None:
         if step == 6:
             named = self._module.trainable()
-            seen.append(dict(Checkpoint.of(6, named, self._adam).tensors))
+            seen.append(dict(Checkpoint.of(6, named, self._adam, {}).tensors))
         run(self, step)
 
     monkeypatch.setattr(Stepper, "run", spy)
@@ -199,6 +200,24 @@ def test_a_checkpoint_holds_what_is_trained_and_no_generator_or_user(group: Grou
     assert stored.size_bytes < 3 * 4 * trained + 5000
 
 
+def test_a_group_of_another_size_goes_on_from_a_checkpoint(
+    group: Group, two_workers: list[dict[str, Any]]
+) -> None:
+    """Two workers took five steps. One goes on: with all the users, and its own normaliser."""
+    first, second = (
+        {k.removeprefix("kept "): torch.tensor(v) for k, v in worker.items() if "kept " in k}
+        for worker in two_workers
+    )
+    assert len(first) > 7 and all(torch.equal(first[k], second[k]) for k in first | second)
+    Checkpoints(group.root, UPDATE).save(Checkpoint(num_steps=5, tensors=first))
+    group.next_steps = uncharged(num_steps=NUM_STEPS, size=SIZE)
+    trained = group.attempt()
+    assert group.steps == [6, 7, 8]
+    assert trained.num_users == tiny_shop.shard(tiny_shop.outcomes(40)).examples.num_users
+    moved = trained.head.weights["skip.weight"] - first["weights/head.skip.weight"].numpy()
+    assert 0 < abs(moved).max() <= 3 * 0.02
+
+
 def test_what_is_run_again_draws_other_users_and_other_noise(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +245,7 @@ def test_without_privacy_a_block_that_is_run_again_comes_out_the_same(
     assert group.permitted == []
     for name, value in whole.head.weights.items():
         assert np.array_equal(value, resumed.head.weights[name])
-    assert np.array_equal(whole.merged_weight, resumed.merged_weight)
+    assert np.array_equal(*(run.adapted_weights[ADAPTED] for run in (whole, resumed)))
 
 
 def test_the_size_of_blocks_changes_nothing_without_privacy(group: Group) -> None:
@@ -235,7 +254,7 @@ def test_the_size_of_blocks_changes_nothing_without_privacy(group: Group) -> Non
     for size in (1, NUM_STEPS):
         group.root.delete_prefix("staging")
         group.next_steps = uncharged(num_steps=NUM_STEPS, size=size)
-        results.append(group.attempt().merged_weight)
+        results.append(group.attempt().adapted_weights[ADAPTED])
     assert np.array_equal(*results)
 
 

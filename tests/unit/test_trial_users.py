@@ -1,0 +1,150 @@
+"""Whom a selection's trials read: those who are charged for them, and each by no more than that."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import polars as pl
+import pytest
+
+from raysys.evaluate import holdout
+from raysys.evaluate.compare import Weights
+from raysys.evaluate.holdout import HoldoutScore
+from raysys.evaluate.metrics import ranking_metrics
+from raysys.ingest.example_set import ExampleSet
+from raysys.ingest.examples import ShardResult
+from raysys.ingest.groups import in_group, tuning_group
+from raysys.ingest.pipeline import cases_path
+from raysys.model.scorer import Head
+from raysys.storage import Root
+from raysys.train.output import TrainOutput
+from tests import tiny_shop
+
+KEY = "key"
+TRIED, TRAINED = (tuning_group(0.5, KEY, tuned_on=tuned_on) for tuned_on in (True, False))
+NUM_USERS = 60
+EVENTS = tiny_shop.outcomes(NUM_USERS)
+ITEMS = tiny_shop.item_states()[0].table()
+
+
+@pytest.fixture(scope="module")
+def sharded() -> ShardResult:
+    return tiny_shop.shard(EVENTS, user_key_id=KEY, group=TRAINED, tried=TRIED)
+
+
+class TestShard:
+    def test_trials_and_release_train_on_different_users_and_together_on_all(
+        self, sharded: ShardResult
+    ) -> None:
+        assert sharded.trial_examples is not None
+        parts = (sharded.trial_examples, sharded.examples)
+        everyone = tiny_shop.shard(EVENTS).examples
+        assert [part.num_users > 0 for part in parts] == [True, True]
+        assert sum(len(part.user) for part in parts) == len(everyone.user)
+        found = np.concatenate([part.features for part in parts])
+        assert _sorted(found) == _sorted(everyone.features)
+
+    def test_each_part_is_that_of_an_update_on_its_group_alone(self, sharded: ShardResult) -> None:
+        for group, part in ((TRIED, sharded.trial_examples), (TRAINED, sharded.examples)):
+            alone = tiny_shop.shard(EVENTS, user_key_id=KEY, group=group).examples
+            assert isinstance(part, ExampleSet) and part.to_bytes() == alone.to_bytes()
+
+    def test_a_case_says_whether_trials_may_score_it(self, sharded: ShardResult) -> None:
+        users = sorted(EVENTS["user"].unique())
+        expected = in_group(users, TRIED, key_id=KEY)
+        assert 0 < expected.sum() < len(users)
+        assert sharded.cases["tried"].to_list() == expected.tolist()
+
+    def test_without_a_shard_trials_read_what_the_update_trains_on(self) -> None:
+        for group in (None, TRAINED):
+            result = tiny_shop.shard(EVENTS, user_key_id=KEY, group=group, tried=group)
+            assert result.trial_examples is None
+        assert tiny_shop.shard(EVENTS).cases["tried"].all()
+
+
+def _sorted(rows: np.ndarray) -> list[bytes]:
+    return sorted(row.tobytes() for row in rows)
+
+
+class TestScore:
+    @pytest.fixture
+    def cases(self) -> pl.DataFrame:
+        return tiny_shop.shard(EVENTS).cases.with_columns(held_out=pl.lit(True))
+
+    @pytest.fixture
+    def trained(self) -> TrainOutput:
+        rng = np.random.default_rng(0)
+        text = rng.normal(size=(len(tiny_shop.distinct_texts()), 12)).astype(np.float32)
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
+        return TrainOutput(
+            head=tiny_shop.random_head(), adapter={}, adapted_weights={}, adapted_modules=(),
+            text_before=text, text_after=text,
+        )  # fmt: skip
+
+    def score(
+        self, root: Root, cases: pl.DataFrame, trained: TrainOutput, max_difference: float = 0.1
+    ) -> float:
+        buffer = io.BytesIO()
+        cases.write_parquet(buffer)
+        root.put(cases_path("u", 0), buffer.getvalue())
+        return HoldoutScore(
+            root=root, update_id="u", num_shards=1, items=ITEMS,
+            text_of_item=tiny_shop.text_of_item(), head=Head.decayed_frequency(8),
+            max_difference=max_difference,
+        )(trained)  # fmt: skip
+
+    def most_moved(self, root: Root, cases: pl.DataFrame, trained: TrainOutput) -> float:
+        """By how much a user who leaves moves it, at the most."""
+        whole = self.score(root, cases, trained, 0.01)
+        rest = (cases.filter(np.arange(len(cases)) != user) for user in range(12))
+        return max(abs(whole - self.score(root, left, trained, 0.01)) for left in rest)
+
+    def test_no_user_moves_it_by_more_than_1(
+        self,
+        local_root: Root,
+        cases: pl.DataFrame,
+        trained: TrainOutput,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        assert 0.9 < self.most_moved(local_root, cases, trained) <= 1 + 1e-9
+        monkeypatch.setattr(holdout.np, "clip", lambda value, low, high: value)
+        assert self.most_moved(local_root, cases, trained) > 5, "without the clip one would"
+
+    def test_it_is_the_sum_of_changes_of_ndcg(
+        self, local_root: Root, cases: pl.DataFrame, trained: TrainOutput
+    ) -> None:
+        before = Weights(head=Head.decayed_frequency(8), text=trained.text_before)
+        after = Weights(head=trained.head, text=trained.text_after)
+        expected = sum(
+            _ndcg(case, after) - _ndcg(case, before) for case in holdout.read_cases(_bytes(cases))
+        )
+        assert self.score(local_root, cases, trained, 1.0) == pytest.approx(expected)
+
+    def test_nobody_else_is_in_it(
+        self, local_root: Root, cases: pl.DataFrame, trained: TrainOutput
+    ) -> None:
+        assert self.score(local_root, cases, trained) != 0
+        for name in ("held_out", "tried"):
+            others = cases.with_columns(pl.lit(False).alias(name))
+            assert self.score(local_root, others, trained) == 0
+
+    def test_the_previous_version_scores_nothing(
+        self, local_root: Root, cases: pl.DataFrame, trained: TrainOutput
+    ) -> None:
+        same = dataclasses.replace(trained, head=Head.decayed_frequency(8))
+        assert self.score(local_root, cases, same) == 0
+
+
+def _bytes(cases: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    cases.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _ndcg(case: holdout.Case, weights: Weights) -> float:
+    everything = np.arange(len(ITEMS), dtype=np.int32)
+    shared = holdout.features(case.history, ITEMS, everything, now=case.now)
+    scores = holdout._score_all(case, tiny_shop.text_of_item(), weights, shared)
+    return ranking_metrics(scores, case.positives, case.gains)[0]

@@ -144,7 +144,8 @@ def without_users(sample: Gradients, kept: torch.Tensor) -> Gradients:
 
 def _norms(sample: Gradients) -> torch.Tensor:
     if isinstance(sample, FactoredGradients):
-        return sample.norms
+        own: torch.Tensor = sample.norms
+        return own
     norms: torch.Tensor = torch.linalg.vector_norm(_flat(sample), dim=1)
     return norms
 

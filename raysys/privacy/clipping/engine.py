@@ -108,8 +108,11 @@ class PerUserGradients:
         )
         try:
             yield
-        finally:
             self._fed.append(self._current)
+        except BaseException:
+            self._fed = []  # whoever catches it begins a new step
+            raise
+        finally:
             self._current = None
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -197,7 +200,7 @@ class PerUserGradients:
         if self._fed and self._fed[0].num_users != num_users:
             raise PrivacyError(
                 f"num_users: {num_users}, but {self._fed[0].num_users} in an earlier block before "
-                "the same backward pass"
+                "the same backward pass; run that step's backward, or make the blocks one step's"
             )
         if any(layer.training for layer in self._mixing):
             raise PrivacyError(

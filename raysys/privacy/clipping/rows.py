@@ -51,7 +51,7 @@ class UserRows:
         """Returns the rows of `user_of_row`, (N,) int64.
 
         Raises:
-          PrivacyError: It is not a vector of int64 in [0, num_users).
+          PrivacyError: It is empty, or not a vector of int64 in [0, num_users).
         """
         if user_of_row.dim() != 1 or user_of_row.dtype != torch.int64:
             raise PrivacyError(
@@ -59,7 +59,9 @@ class UserRows:
                 f"{user_of_row.dtype} of shape {tuple(user_of_row.shape)}"
             )
         users = user_of_row.cpu()
-        if len(users) and (int(users.min()) < 0 or int(users.max()) >= num_users):
+        if not len(users):
+            raise PrivacyError("user_of_row: expected at least one row; leave an empty block out")
+        if int(users.min()) < 0 or int(users.max()) >= num_users:
             raise PrivacyError(
                 f"user_of_row: expected users in [0, {num_users}), found "
                 f"{int(users.min())} to {int(users.max())}"

@@ -103,6 +103,7 @@ ADAPTERS: dict[str, Callable[[], torch.nn.Module]] = {
     "LoRA": _lora,
     "LoRA on all, rank-stabilised": lambda: _lora(target_modules=LINEAR, use_rslora=True, r=4),
     "LoRA of rank 1": lambda: _lora(r=1),
+    "LoRA of rank 12": lambda: _lora(r=12),
     "LoRA with dropout": _dropout,
     "LoRA with a bias of its own": lambda: _lora(lora_bias=True),
     "LoRA and all biases": _all_biases,
@@ -146,9 +147,11 @@ def by_engine(
     user_of_row: torch.Tensor = USER_OF_ROW,
     num_users: int = USERS,
     scale: torch.Tensor | float = 1.0,
+    *,
+    keep_factors: bool = False,
 ) -> Gradients:
     """Returns the engine's per-user gradients (U, ...), and leaves them on the parameters."""
-    with PerUserGradients(module) as engine:
+    with PerUserGradients(module, keep_factors=keep_factors) as engine:
         with engine.rows(user_of_row, num_users):
             scores = module(ids)
         engine.backward(listwise(scores, user_of_row, num_users) * scale)

@@ -1,7 +1,7 @@
 """An update's delta on the encoder: PEFT's modules on the previous version's frozen weights.
 
     TextEncoder + previous version's matrices -> Adapter.fresh() -> build_tower() -> training
-    -> Adapter.scale(alpha) -> .weights(): the new version's matrices, by name; PEFT's own files
+    -> Adapter.finish(alpha) -> .weights(): the new version's matrices, by name; PEFT's own files
 
 A line of versions may adapt other modules in each update. What any of them changed is kept as a
 whole matrix by the name of its module, so a version needs no chain of deltas.
@@ -81,11 +81,17 @@ class Adapter:
             yield name, layer
 
     @torch.no_grad()
-    def scale(self, alpha: float) -> None:
-        """Makes the delta `alpha` times what it is."""
+    def finish(self, alpha: float) -> None:
+        """Makes the delta `alpha` times what was trained, ready to be saved.
+
+        What AdaLoRA took rank from is zero in its singular values, which say it all: PEFT would
+        save its own note of that as well, and warn about it whenever it loads the files.
+        """
         for _, layer in self.layers():
             factor = layer.lora_E[NAME] if hasattr(layer, "lora_E") else layer.lora_B[NAME].weight
             factor.mul_(alpha)
+        if self.config.adapter == "adalora" and self.peft_model is not None:
+            self.peft_model.peft_config[NAME].rank_pattern = None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def weights(self) -> dict[str, FloatArray]:

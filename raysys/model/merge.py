@@ -3,7 +3,7 @@
     previous + alpha * (trained - previous) -> the new version
 
 Each update trains a fresh adapter on the frozen previous model, so the formula is exact for the
-encoder too (`Adapter.scale`), rank and target modules may change from update to update, and a
+encoder too (`Adapter.finish`), rank and target modules may change from update to update, and a
 rollback drops the last delta.
 """
 

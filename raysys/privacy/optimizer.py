@@ -11,6 +11,7 @@ Shape suffix: U = users of a microbatch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from opacus.optimizers.optimizer import (
 )
 
 from raysys.errors import PrivacyError
+from raysys.privacy.clipping.factored import FactoredGradients
+
+Gradients = torch.Tensor | FactoredGradients
 
 
 class _ClipsUsers(DPOptimizer):  # type: ignore[misc]
@@ -29,26 +33,37 @@ class _ClipsUsers(DPOptimizer):  # type: ignore[misc]
 
     def clip_and_accumulate(self) -> None:
         """Adds the clipped sum over users to each parameter's `summed_grad`."""
-        parameters = self.params
-        for parameter in parameters:
-            _check_processed_flag(parameter.grad_sample)
-        samples = [
-            sample.reshape(len(sample), parameter.numel())
-            for parameter, sample in zip(parameters, self.grad_samples, strict=True)
-        ]
+        for parameter in self.params:
+            _check_processed_flag(_batches(parameter))
+        samples = self.grad_samples
         norms = user_norms(samples)
-        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         finite = torch.isfinite(norms)
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         if not finite.all():
             factors = torch.where(finite, factors, 0.0)
-            samples = [torch.where(finite[:, None], sample, 0.0) for sample in samples]
-        for parameter, sample in zip(parameters, samples, strict=True):
-            total = (factors.to(sample.dtype) @ sample).view_as(parameter)
+            samples = [without_users(sample, finite) for sample in samples]
+        for parameter, sample in zip(self.params, samples, strict=True):
+            total = weighted_sum(sample, factors).view_as(parameter)
             if parameter.summed_grad is None:
                 parameter.summed_grad = total
             else:
                 parameter.summed_grad += total
-            _mark_as_processed(parameter.grad_sample)
+            _mark_as_processed(_batches(parameter))
+
+    def _get_flat_grad_sample(self, parameter: torch.Tensor) -> Gradients:
+        sample = getattr(parameter, "grad_sample", None)
+        if isinstance(sample, FactoredGradients):
+            return sample
+        flat: torch.Tensor = super()._get_flat_grad_sample(parameter)
+        return flat
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of batches in each `grad_sample`, for which the sum is divided."""
+        found = {len(_batches(parameter)) for parameter in self.params}
+        if len(found) != 1:
+            raise ValueError("Number of accumulated steps is inconsistent across parameters")
+        return found.pop()
 
     def add_noise(self) -> None:
         """Puts the noised sum into `grad`."""
@@ -103,9 +118,44 @@ class DistributedPerUserOptimizer(_ClipsUsers, DistributedDPOptimizer):  # type:
         return bool(self.rank == 0)
 
 
-def user_norms(samples: list[torch.Tensor]) -> torch.Tensor:
-    """Returns each user's norm over all parameters, (U,), for gradients (U, n) of each."""
-    norms = [torch.linalg.vector_norm(sample, dim=1) for sample in samples]
+def user_norms(samples: Sequence[Gradients]) -> torch.Tensor:
+    """Returns each user's norm over all parameters, (U,), for gradients (U, ...) of each."""
+    norms = [_norms(sample) for sample in samples]
     by_parameter = torch.stack([norm.to(norms[0]) for norm in norms])
     total: torch.Tensor = torch.linalg.vector_norm(by_parameter, dim=0)
     return total
+
+
+def weighted_sum(sample: Gradients, weights: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over users by weights (U,)."""
+    if isinstance(sample, FactoredGradients):
+        return sample.weighted_sum(weights)
+    total: torch.Tensor = weights.to(sample.dtype) @ _flat(sample)
+    return total
+
+
+def without_users(sample: Gradients, kept: torch.Tensor) -> Gradients:
+    """Returns gradients that are zero for users not `kept`, (U,): 0 times infinity is not."""
+    if isinstance(sample, FactoredGradients):
+        return sample.without_users(kept)
+    zeroed: torch.Tensor = torch.where(kept.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+    return zeroed
+
+
+def _norms(sample: Gradients) -> torch.Tensor:
+    if isinstance(sample, FactoredGradients):
+        own: torch.Tensor = sample.norms
+        return own
+    norms: torch.Tensor = torch.linalg.vector_norm(_flat(sample), dim=1)
+    return norms
+
+
+def _flat(sample: torch.Tensor) -> torch.Tensor:
+    return sample.reshape(len(sample), sample.shape[1:].numel())
+
+
+def _batches(parameter: torch.Tensor) -> list[Gradients]:
+    """Opacus' hooks make a list of several backward passes before a step; the engine refuses it."""
+    sample: Any = getattr(parameter, "grad_sample", None)
+    batches: list[Gradients] = sample if isinstance(sample, list) else [sample]
+    return batches

@@ -152,7 +152,7 @@ def train_on_shards(
     )  # fmt: skip
     require_frozen(frozen, frozen_digests([adapter.encoder.model, module]))
 
-    adapter.scale(job.train.alpha)
+    adapter.finish(job.train.alpha)
     text_after = tower.embed_all().cpu().numpy()
     module.to("cpu")
     return Trained(

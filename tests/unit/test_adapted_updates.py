@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import linear, normalize
 
+from raysys.config import load_config
+from raysys.errors import ConfigError
 from raysys.model.adapter import NAME, Adapter, activations_cut
 from raysys.model.encoder import TextEncoder, TokenActivations, weights_sha256
 from raysys.model.losses import listwise_loss
@@ -24,9 +26,12 @@ from raysys.model.scorer import NUM_INPUTS
 from raysys.model.tower import build_tower
 from raysys.registry.store import LoadedVersion, VersionWeights, text_indexes
 from raysys.registry.version import Manifest
+from raysys.storage import Root
 from raysys.train import output
 from raysys.train.loop import Trained, TrainJob, train_on_shards
 from tests import tiny_shop
+from tests.stub_steps import Steps
+from tests.update_shop import DAYS, contents, write_catalogue, write_day, write_shop
 
 KINDS: dict[str, dict[str, Any]] = {
     "B trained": {"adapter": "lora"},
@@ -113,6 +118,33 @@ def test_a_private_update_moves_the_configured_weights_and_no_others(
     assert read.adapted_modules == trained.adapted_modules
     for name, value in trained.adapted_weights.items():
         assert np.array_equal(read.adapted_weights[name], value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ("query", "q_proj")}, r"^model\.target_modules: no module q_proj; "),
+        ({"num_adapted_layers": 3}, r"^model\.num_adapted_layers: the encoder has 2 layers, got 3"),
+    ],
+    ids=["unknown module", "too many layers"],
+)
+def test_an_update_of_what_the_encoder_lacks_starts_nothing(
+    tiny_encoder: str,
+    tmp_path: Path,
+    local_root: Root,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    config = load_config(write_shop(tmp_path, local_root, tiny_encoder))
+    write_catalogue(local_root)
+    write_day(local_root, DAYS[0])
+    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    steps, before = Steps(monkeypatch), contents(local_root)
+    with pytest.raises(ConfigError, match=message):
+        steps.update(wrong)
+    assert contents(local_root) == before
+    assert steps.update(config).version is not None
 
 
 def test_an_update_of_the_head_alone_leaves_every_text_as_it_was(
@@ -298,7 +330,8 @@ def test_the_comparison_notices_rows_that_are_not_their_users(
 def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_model_scores(
     tiny_encoder: str, world: None, kind: str, targets: str
 ) -> None:
-    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]})
+    # Steps so long that the embeddings become others.
+    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]}, learning_rate=10.0)
     trained = train(update, query="w3 w4")
     assert trained.peft_model is not None
     table = tiny_shop.item_states()[-1].table()

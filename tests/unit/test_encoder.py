@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,22 @@ def test_another_output_projection_changes_the_embedding(encoder: TextEncoder) -
     )
     assert np.array_equal(same, encoder.embed(TEXTS))
     assert abs(other - same).max() > 0.05
+
+
+def test_threads_get_what_they_asked_for_by_their_own_version(encoder: TextEncoder) -> None:
+    """Replicas embed queries of several versions at once, in threads, by one encoder."""
+    query = encoder.model.encoder.layer[0].attention.self.query.weight.detach().numpy()
+    versions = [
+        encoder.with_weights({"encoder.layer.0.attention.self.query": query * factor})
+        for factor in (1.0, 2.0, -1.0, 0.0)
+    ]
+    asked = [(version, text) for version in versions for text in TEXTS] * 5
+    expected = [version.embed([text]) for version, text in asked]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda each: each[0].embed([each[1]]), asked))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert abs(expected[0] - expected[len(TEXTS)]).max() > 0.01, "the versions differ"
 
 
 def test_the_bundled_encoder_is_the_published_one() -> None:

@@ -317,6 +317,7 @@ def test_blocks_of_other_users_before_one_backward_pass_are_refused() -> None:
         pytest.param(torch.tensor([-1, 0]), r"found -1 to 0", id="negative"),
         pytest.param(torch.tensor([0.0, 1.0]), "expected a vector of int64", id="float"),
         pytest.param(torch.zeros(2, 2, dtype=torch.int64), "expected a vector", id="2-D"),
+        pytest.param(torch.zeros(0, dtype=torch.int64), "expected at least one row", id="none"),
     ],
 )
 def test_users_that_cannot_be_are_refused(user_of_row: torch.Tensor, message: str) -> None:
@@ -332,6 +333,17 @@ def test_inputs_whose_first_axis_is_not_the_row_are_refused() -> None:
         for shape in ((4,), (2, 4), (7, 3, 4)):
             with pytest.raises(PrivacyError, match="expected 3 rows first"):
                 module(torch.randn(shape))
+
+
+def test_a_step_whose_forward_pass_failed_is_forgotten() -> None:
+    module = torch.nn.Linear(4, 1)
+    engine = PerUserGradients(module)
+    with pytest.raises(PrivacyError, match="expected 3 rows first"), engine.rows(None, 3):
+        module(torch.randn(2, 4))
+    with engine.rows(None, 2):
+        out = module(torch.randn(2, 4))
+    engine.backward(out[:, 0])
+    assert samples(module)["weight"].shape == (2, 1, 4)
 
 
 def test_a_forward_or_backward_pass_beside_the_engine_is_refused() -> None:

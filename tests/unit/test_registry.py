@@ -189,6 +189,47 @@ def test_the_next_update_starts_from_the_published_weights(
         assert np.array_equal(found.head.weights[name], value)
 
 
+def test_a_version_of_an_earlier_raysys_is_read_as_it_was(
+    publish_version: Publish, local_root: Root, weights: VersionWeights
+) -> None:
+    """Manifests of schema 1 named the one module; its matrix was called `weight`."""
+
+    def manifest_of_schema_1(data: bytes) -> bytes:
+        body = json.loads(data)
+        (module,) = body.pop("adapted_modules")
+        assert body.pop("adapter") == "lora"
+        return json.dumps({**body, "adapted_module": module, "schema_version": 1}).encode()
+
+    record = publish_version()
+    old = rewritten(local_root, record, "manifest.json", manifest_of_schema_1)
+    old = rewritten(
+        local_root, old, "encoder.safetensors", lambda data: save({"weight": load(data)[ADAPTED]})
+    )
+    found_manifest, found = load_weights(local_root, old)
+    assert found_manifest == load_weights(local_root, publish_version())[0]
+    assert found.adapted_weights.keys() == {ADAPTED}
+    assert np.array_equal(found.adapted_weights[ADAPTED], weights.adapted_weights[ADAPTED])
+
+
+def test_an_earlier_version_serves_as_it_did(
+    publish_version: Publish, local_root: Root, tmp_path: Path
+) -> None:
+    record = rewritten(
+        local_root, publish_version(), "encoder.safetensors",
+        lambda data: save({"weight": load(data)[ADAPTED]}),
+    )  # fmt: skip
+    load_version(local_root, record).check_golden()
+
+
+def test_a_version_of_an_untouched_encoder_is_loaded(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record = publish_version(adapter="none", adapted_modules=())
+    record = rewritten(local_root, record, "encoder.safetensors", lambda data: save({}))
+    manifest, found = load_weights(local_root, record)
+    assert (manifest.adapter, manifest.adapted_modules, found.adapted_weights) == ("none", (), {})
+
+
 def test_the_ledger_names_every_file_of_the_version_and_of_its_state(
     publish_version: Publish, local_root: Root
 ) -> None:

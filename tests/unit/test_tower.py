@@ -199,7 +199,7 @@ def test_saved_adapter_files_load_with_peft_on_the_previous_version(
 def test_scaling_scales_the_delta_of_every_module(tiny_encoder: str, kind: str) -> None:
     adapter = adapt(tiny_encoder, **KINDS[kind], **TARGETS["all of two layers"]).adapter
     whole = adapter.weights()
-    adapter.scale(0.25)
+    adapter.finish(0.25)
     assert len(whole) == 12
     for name, weight in adapter.weights().items():
         old = own_weight(tiny_encoder, name)
@@ -248,7 +248,7 @@ def test_without_an_adapter_the_previous_versions_texts_stay(
     assert not [p for p in adapted.tower.parameters() if p.requires_grad]
     expected = shared(tiny_encoder, 8).with_weights(base).embed(TEXTS)
     np.testing.assert_allclose(adapted.tower.embed_all().numpy(), expected, atol=1e-6)
-    adapted.adapter.scale(0.5)
+    adapted.adapter.finish(0.5)
     assert adapted.adapter.weights().keys() == base.keys()
 
 

@@ -13,10 +13,12 @@ of the matrix product that ordinary training runs too, hence it costs next to no
 `per_user_linear` is the same for code that computes with weights itself.
 
 Files: `rows` says whose each row is; `functions` are the layers' autograd functions; `layers` puts
-them in the place of a module's own; `engine` guards the step; `samples` is what Opacus gets.
+them in the place of a module's own; `engine` guards the step; `samples` is what the optimizer gets,
+of short inputs `factored`.
 """
 
 from raysys.privacy.clipping.engine import PerUserGradients
+from raysys.privacy.clipping.factored import FactoredGradients
 from raysys.privacy.clipping.functions import per_user_linear
 from raysys.privacy.clipping.rows import UserRows
 from raysys.privacy.clipping.samples import (
@@ -26,6 +28,7 @@ from raysys.privacy.clipping.samples import (
 )
 
 __all__ = [
+    "FactoredGradients",
     "PerUserGradients",
     "UserRows",
     "add_grad_sample",

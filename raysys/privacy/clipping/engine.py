@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from raysys.errors import PrivacyError
 from raysys.privacy.clipping.layers import Forward, known_parameters, replacement
 from raysys.privacy.clipping.rows import UserRows
-from raysys.privacy.clipping.samples import require_per_user_gradients
+from raysys.privacy.clipping.samples import dense, require_per_user_gradients
 
 
 class PerUserGradients:
@@ -32,6 +32,9 @@ class PerUserGradients:
     gets zeros. Gradient checkpointing works.
 
     Evaluation under `no_grad` needs no users and runs the module's own forward.
+
+    `keep_factors=True` makes steps of short texts and large ranks cheaper; it needs the optimizers
+    of `raysys.privacy.optimizer`, where Opacus' own refuse what is then in `grad_sample`.
 
     >>> layer = torch.nn.Linear(2, 1, bias=False)
     >>> with PerUserGradients(layer) as engine:
@@ -47,11 +50,12 @@ class PerUserGradients:
       PrivacyError: Trainable parameters of layers that are not known; the message names them all.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, *, keep_factors: bool = False) -> None:
         _require_known(module)
         self._parameters = list(module.named_parameters())
         self._trainable = [(name, p) for name, p in self._parameters if p.requires_grad]
         self._mixing = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        self._keep_factors = keep_factors
         self._replaced: list[torch.nn.Module] = []
         self._current: UserRows | None = None
         self._fed: list[UserRows] = []
@@ -94,17 +98,21 @@ class PerUserGradients:
             blocks are nested, or a BatchNorm would mix users.
         """
         self._require_may_feed(num_users)
+        options: Any = {
+            "keep_factors": self._keep_factors, "before_backward": self._require_own_backward,
+        }  # fmt: skip
         self._current = (
-            UserRows(
-                num_users=num_users, num_rows=num_users, before_backward=self._require_own_backward
-            )
+            UserRows(num_users=num_users, num_rows=num_users, **options)
             if user_of_row is None
-            else UserRows.of(user_of_row, num_users, self._require_own_backward)
+            else UserRows.of(user_of_row, num_users, **options)
         )
         try:
             yield
-        finally:
             self._fed.append(self._current)
+        except BaseException:
+            self._fed = []  # whoever catches it begins a new step
+            raise
+        finally:
             self._current = None
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -150,7 +158,7 @@ class PerUserGradients:
             loss[:half].sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
             for name, parameter in self._trainable:
                 sample = getattr(parameter, "grad_sample", None)
-                if sample is not None and sample[half:].any():
+                if sample is not None and dense(sample)[half:].any():
                     raise PrivacyError(
                         f"{name}: one user's loss depends on another's rows, which no clip bounds; "
                         "compute each user's loss from that user's rows alone"
@@ -192,7 +200,7 @@ class PerUserGradients:
         if self._fed and self._fed[0].num_users != num_users:
             raise PrivacyError(
                 f"num_users: {num_users}, but {self._fed[0].num_users} in an earlier block before "
-                "the same backward pass"
+                "the same backward pass; run that step's backward, or make the blocks one step's"
             )
         if any(layer.training for layer in self._mixing):
             raise PrivacyError(

@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
         weight, bias = ctx.parameters
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if needs_weight:
-            add_grad_sample(weight, rows.outer(_by_row(grad), _by_row(x)))
+            add_grad_sample(weight, rows.gradient(_by_row(grad), _by_row(x)))
         if needs_bias:
             add_grad_sample(bias, rows.sum(_by_row(grad)))
         return grad @ saved_weight.to(grad.dtype) if needs_x else None, None, None, None
@@ -162,14 +162,14 @@ class _LowRank(torch.autograd.Function):
         if needs_bias:
             add_grad_sample(base_bias, rows.sum(by_row))
         if needs_b:
-            add_grad_sample(b_leaf, rows.outer(by_row, scaled.view(num_rows, -1, b.shape[1])))
+            add_grad_sample(b_leaf, rows.gradient(by_row, scaled.view(num_rows, -1, b.shape[1])))
         if e is not None:
             if needs_e:
                 along = (grad_low * low).view(num_rows, -1, len(e))
                 add_grad_sample(e_leaf, rows.sum(along)[..., None])
             grad_low = grad_low * e.to(grad.dtype).T
         if needs_a:
-            add_grad_sample(a_leaf, rows.outer(grad_low.view(num_rows, -1, len(a)), _by_row(x)))
+            add_grad_sample(a_leaf, rows.gradient(grad_low.view(num_rows, -1, len(a)), _by_row(x)))
         if not needs_x:
             return (None,) * 8
         if base_weight is None:

@@ -37,9 +37,9 @@ def replacement(layer: torch.nn.Module, rows: CurrentRows) -> Forward | None:
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     if type(layer) is torch.nn.Linear:
-        return lambda x: per_user_linear(x, layer.weight, layer.bias, rows())
+        return lambda input: per_user_linear(input, layer.weight, layer.bias, rows())
     if type(layer) is torch.nn.LayerNorm:
-        return lambda x: per_user_layer_norm(x, layer, rows())
+        return lambda input: per_user_layer_norm(input, layer, rows())
     if type(layer) is SVDLinear:
         return _adalora(layer, rows)
     if type(layer) is LoraLinear:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from raysys.errors import PrivacyError
+from raysys.privacy.clipping.factored import FactoredGradients, is_shorter
 
 
 def _allow() -> None:
@@ -33,6 +34,8 @@ class UserRows:
     groups: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
     """Of users (G,) and their rows (G, K); None where each user has the same number of rows in a
     run, users in order."""
+    keep_factors: bool = False
+    """Whether `gradient` may keep two factors in place of their product."""
     before_backward: Callable[[], None] = _allow
     """Called by each backward pass through these rows; raises if it may not run."""
 
@@ -41,12 +44,14 @@ class UserRows:
         cls,
         user_of_row: torch.Tensor,
         num_users: int,
+        *,
+        keep_factors: bool = False,
         before_backward: Callable[[], None] = _allow,
     ) -> UserRows:
         """Returns the rows of `user_of_row`, (N,) int64.
 
         Raises:
-          PrivacyError: It is not a vector of int64 in [0, num_users).
+          PrivacyError: It is empty, or not a vector of int64 in [0, num_users).
         """
         if user_of_row.dim() != 1 or user_of_row.dtype != torch.int64:
             raise PrivacyError(
@@ -54,7 +59,9 @@ class UserRows:
                 f"{user_of_row.dtype} of shape {tuple(user_of_row.shape)}"
             )
         users = user_of_row.cpu()
-        if len(users) and (int(users.min()) < 0 or int(users.max()) >= num_users):
+        if not len(users):
+            raise PrivacyError("user_of_row: expected at least one row; leave an empty block out")
+        if int(users.min()) < 0 or int(users.max()) >= num_users:
             raise PrivacyError(
                 f"user_of_row: expected users in [0, {num_users}), found "
                 f"{int(users.min())} to {int(users.max())}"
@@ -63,8 +70,19 @@ class UserRows:
             num_users=num_users,
             num_rows=len(users),
             groups=_groups(users, num_users, user_of_row.device),
+            keep_factors=keep_factors,
             before_backward=before_backward,
         )
+
+    def gradient(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | FactoredGradients:
+        """Returns what `outer` returns, or its factors if they may be kept and are smaller."""
+        if self.keep_factors and self.groups is None and self.num_users:
+            left, right = (
+                x.reshape(self.num_users, -1, x.shape[-1]).to(_wide(x.dtype)) for x in (left, right)
+            )
+            if is_shorter(left.shape[1], left.shape[-1], right.shape[-1]):
+                return FactoredGradients(left, right)
+        return self.outer(left, right)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Returns (U, d_left, d_right): `left.T @ right` summed over each user's rows.

@@ -12,15 +12,21 @@ from collections.abc import Iterable
 import torch
 
 from raysys.errors import PrivacyError
+from raysys.privacy.clipping.factored import FactoredGradients
 
 
-def add_grad_sample(parameter: torch.Tensor, grad_sample: torch.Tensor) -> None:
+def add_grad_sample(parameter: torch.Tensor, grad_sample: torch.Tensor | FactoredGradients) -> None:
     """Adds per-user gradients (U, ...) to a parameter, if it is trained."""
     if not parameter.requires_grad:
         return
     earlier = getattr(parameter, "grad_sample", None)
-    total = grad_sample if earlier is None else earlier + grad_sample
+    total = grad_sample if earlier is None else dense(earlier) + dense(grad_sample)
     parameter.grad_sample = total  # type: ignore[attr-defined]
+
+
+def dense(grad_sample: torch.Tensor | FactoredGradients) -> torch.Tensor:
+    """Returns per-user gradients (U, ...) as a tensor."""
+    return grad_sample if isinstance(grad_sample, torch.Tensor) else grad_sample.dense()
 
 
 def require_per_user_gradients(

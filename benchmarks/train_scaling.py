@@ -1,7 +1,7 @@
 """Measures private training at one and at two workers: bytes that cross between them, and time.
 
-    python benchmarks/train_scaling.py             # two minutes; the last line is one JSON object
-    python benchmarks/train_scaling.py --steps 3   # to see that it runs
+    python benchmarks/train_scaling.py                       # the last line is one JSON object
+    python benchmarks/train_scaling.py --steps 3 --rounds 1  # to see that it runs
 
 Workers are processes of one gloo group, with one thread each, and run the loop that Ray Train's
 workers run, on made-up users of the demo shop's shape. Both sizes sample the same users' share of
@@ -42,7 +42,6 @@ from raysys.train.loop import TrainJob, train_on_shards
 NUM_USERS, EXAMPLES_PER_USER, NUM_CANDIDATES = 2048, 2, 54
 SAMPLING_PROB = 0.125
 NUM_ITEMS, NUM_TOKENS = 2000, 16
-NUM_ROUNDS = 3
 MOVES_TENSORS = (
     "all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter",
     "all_to_all", "send", "isend",
@@ -83,13 +82,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=3, metavar=("RANK", "SIZE", "FOLDER"), help="internal")
     args = parser.parse_args()
     if args.worker:
         rank, size, folder = args.worker
         _work(int(rank), int(size), Path(folder), args.steps)
         return
-    rounds = [{size: _measure(size, args.steps) for size in (1, 2)} for _ in range(NUM_ROUNDS)]
+    rounds = [{size: _measure(size, args.steps) for size in (1, 2)} for _ in range(args.rounds)]
     print(json.dumps(_figures(rounds)))
 
 

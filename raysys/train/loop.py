@@ -12,12 +12,13 @@ Shape suffixes: U = users of a microbatch, R = requests of a user, K = candidate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer
 from peft import PeftModel
 from torch.nn.functional import normalize
 
@@ -97,6 +98,18 @@ class Trained:
     """Of this worker's sampled users. Sensitive: for tests, never reported."""
 
 
+class Probe(Protocol):
+    """What an audit does within each step: `train.canaries`."""
+
+    def before_clip(
+        self, users: NDArray[np.int64], parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        """Sees, and may replace, the gradients `grad_sample` (U, ...) of these users (U,)."""
+
+    def after_noise(self, optimizer: DPOptimizer) -> None:
+        """Sees what one step releases: `grad` of the optimizer's parameters."""
+
+
 def train_on_shards(
     job: TrainJob,
     shards: list[ExampleSet],
@@ -104,8 +117,12 @@ def train_on_shards(
     *,
     num_workers: int,
     on_step: Callable[[int], None],
+    probe: Probe | None = None,
 ) -> Trained:
     """Runs all steps on this worker's users. Needs a `torch.distributed` group of `num_workers`.
+
+    Args:
+      probe: Of an audit, which has made-up users only.
 
     Raises:
       PrivacyError: A trainable weight has no per-user gradient, or training changed nothing.
@@ -123,7 +140,9 @@ def train_on_shards(
     module = RankerModule(tower, HeadModule(job.head))
     text_before = tower.embed_all()
     batches = _Batches(shards, job, text_before, query_text, rng)
-    losses = _run_steps(job, module, batches, rng, num_workers=num_workers, on_step=on_step)
+    losses = _run_steps(
+        job, module, batches, rng, num_workers=num_workers, on_step=on_step, probe=probe
+    )
 
     with torch.no_grad():
         tower.lora_b.mul_(job.train.alpha)
@@ -148,6 +167,7 @@ def _run_steps(
     *,
     num_workers: int,
     on_step: Callable[[int], None],
+    probe: Probe | None,
 ) -> list[float]:
     names, parameters = zip(*module.trainable(), strict=True)
     before = [parameter.detach().clone() for parameter in parameters]
@@ -155,6 +175,8 @@ def _run_steps(
     num_steps = job.plan.spend.num_steps
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / num_steps, 0))
     optimizer = job.plan.optimizer(adam, num_workers=num_workers)
+    if probe is not None:
+        optimizer.attach_step_hook(probe.after_noise)
     losses: list[float] = []
     for step, users in enumerate(job.plan.sampler(batches.num_users, rng)):
         parts = np.array_split(users, max(-(-len(users) // job.train.microbatch_users), 1))
@@ -162,6 +184,8 @@ def _run_steps(
             optimizer.zero_grad(set_to_none=True)
             if len(part):
                 losses.extend(_backward(module, batches.take(part), job.train.loss))
+                if probe is not None:
+                    probe.before_clip(part, parameters)
                 require_per_user_gradients(zip(names, parameters, strict=True), len(part))
             else:
                 set_empty_gradients(parameters)

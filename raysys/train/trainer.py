@@ -21,7 +21,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load_file, save_file
 
-from raysys.ingest.example_set import ExampleSet
+from raysys.ingest.example_set import map_examples
 from raysys.ingest.features import FloatArray
 from raysys.ingest.pipeline import examples_path
 from raysys.model.encoder import adapted_module_name, cache_folder, load_cached
@@ -92,7 +92,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     shards = [
-        ExampleSet.from_bytes(root.read_bytes(examples_path(update_id, shard)))
+        map_examples(root, examples_path(update_id, shard))
         for shard in range(rank, config["num_shards"], num_workers)
     ]
     folder = cache_folder(job.model.encoder, job.model.max_tokens)

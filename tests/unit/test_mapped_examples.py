@@ -120,7 +120,8 @@ def test_drawing_users_reads_their_pages_and_no_others(tmp_path: Path) -> None:
         return private_bytes() - before, shard
 
     mapped_growth, mapped = growth(lambda: ExampleSet.map(file))
-    assert mapped_growth < size / 4 and 0 < resident_bytes(file) < size / 4
+    # A page that is read may bring up to 2 MB of each array along: the kernel's largest folio.
+    assert mapped_growth < size / 4 and 0 < resident_bytes(file) < size / 2
     assert mapped.features.sum() > 0 and resident_bytes(file) > size / 2, "reading all is noticed"
     held_growth, held = growth(lambda: ExampleSet.from_bytes(file.read_bytes()))
     assert held_growth > size / 2, "and so is a shard in memory"

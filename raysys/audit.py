@@ -134,7 +134,7 @@ def audit(
         )  # fmt: skip
         on_progress(
             f"run {run} of {num_runs}: {plan.spend.num_steps} steps on {_num_others(config):,} "
-            f"made-up users and {canaries.num_users:,} of {num_canaries:,} canaries; no user's data"
+            f"made-up users and {canaries.num_users:,} of {num_canaries:,} canaries"
         )
         _train(config, plan, texts, canaries)
         runs.append(canaries)

@@ -11,6 +11,7 @@
     │   ├── BudgetExhaustedError      the update would spend more privacy than is left
     │   ├── DataError                 no usable rows, or a column of the wrong kind
     │   ├── PrivacyError              a step would not have the guarantee that it reports
+    │   ├── HealthError               training moved what it should not, or not what it should
     │   ├── ArtifactError             a version's file is missing or has another hash
     │   ├── ReplayMismatchError       a replay came out differently
     │   ├── UnknownVersionError       no version of that name was committed
@@ -18,6 +19,7 @@
     └── Transient                     may pass by itself: retry later
         ├── LeaseHeldError            another updater is at work
         ├── LeaseLostError            another updater took over after this one fell silent
+        ├── WorkersLostError          train workers died more often than they are replaced
         ├── MissingKeyError           a replica has not got a pseudonym key yet that others use
         └── StorageUnavailableError   the object store did not answer in time
 
@@ -79,6 +81,10 @@ class PrivacyError(Terminal):
     """A step would not have the guarantee that it reports."""
 
 
+class HealthError(Terminal):
+    """Training moved what it should not, or not what it should, or is written as another."""
+
+
 class ArtifactError(Terminal):
     """A version's file is missing or has another hash than the ledger says."""
 
@@ -103,6 +109,10 @@ class LeaseHeldError(Transient):
 
 class LeaseLostError(Transient):
     """Another updater took over after this one fell silent."""
+
+
+class WorkersLostError(Transient):
+    """Train workers died more often than they are replaced."""
 
 
 class MissingKeyError(Transient):

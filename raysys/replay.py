@@ -42,7 +42,8 @@ from raysys.registry.recipe import Recipe, installed_libraries
 from raysys.registry.store import VersionWeights, load_weights, read_checked, text_indexes
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

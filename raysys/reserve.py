@@ -145,4 +145,5 @@ def reserve(
         seed=int.from_bytes(digest[:6]),
         private=private,
         reserved=spend if private else None,
+        permits_steps=private,
     )

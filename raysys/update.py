@@ -48,7 +48,8 @@ from raysys.registry.version import Manifest
 from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput, train
+from raysys.train.output import TrainOutput
+from raysys.train.trainer import train
 
 Progress = Callable[[str], None]
 

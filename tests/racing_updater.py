@@ -20,7 +20,7 @@ import pytest
 
 from raysys.config import load_config
 from raysys.errors import RaysysError
-from raysys.train.trainer import TrainOutput
+from raysys.train.output import TrainOutput
 from tests.stub_steps import Steps
 
 

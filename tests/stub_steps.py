@@ -31,8 +31,9 @@ from raysys.privacy import budget
 from raysys.registry.store import VersionWeights, hash_files, hash_state
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
+from raysys.train.blocks import charged
 from raysys.train.loop import TrainJob
-from raysys.train.trainer import TrainOutput
+from raysys.train.output import TrainOutput
 from tests.helpers import FakeClock
 from tests.shop import item_table
 
@@ -96,6 +97,7 @@ class Steps:
         self, job: TrainJob, texts: list[str], *, root: Root, update_id: str, **rest: Any
     ) -> TrainOutput:
         self.leases[-1].renew()
+        permit_all_steps(job, root, update_id)
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")
         return TrainOutput(
             head=job.head, adapter={"adapter_model.safetensors": b"delta"}, adapted_module="dense",
@@ -129,6 +131,14 @@ class Steps:
         root.put(paths[0], manifest.to_bytes())
         root.put(paths[1], report.encode())
         return hash_files(root, paths) | hash_state(root, manifest.state)
+
+
+def permit_all_steps(job: TrainJob, root: Root, update_id: str) -> None:
+    """Has the ledger permit the steps of a private job, as training itself does."""
+    num_steps = job.plan.spend.num_steps
+    if job.plan.enabled:
+        take = charged(root, update_id, num_steps=num_steps, size=job.train.checkpoint_steps)
+        assert sum(map(len, iter(lambda: take(0), range(num_steps, num_steps)))) == num_steps
 
 
 def ingest_in_a_row(patch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def train_job(encoder: str, **changes: Any) -> TrainJob:
     model, train = changes.pop("model", {}), changes.pop("train", {})
     values: dict[str, Any] = {
         "model": model_config(encoder, **model),
-        "train": TrainConfig(num_workers=1, **train),
+        "train": TrainConfig(**{"num_workers": 1, **train}),
         "plan": plan(),
         "learning_rate": 0.02,
         "head": Head.decayed_frequency(8),

@@ -36,8 +36,21 @@ class TrainConfig:
     """One update's training."""
 
     num_workers: int = 2
+    min_workers: int = 0
+    """Fewer workers than `num_workers` will do, down to these, where the cluster has no room for
+    more; a smaller group stays so until a worker dies. 0: all of them, or training waits."""
     cpus_per_worker: float = 0.5
     """A fraction, so that Ray Data's tasks find room beside the workers."""
+    use_gpu: Literal["auto", True, False] = "auto"
+    """A GPU for each worker. `auto`: if the cluster has as many."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products in the forward pass. `auto`: bf16 on a GPU. Norms, loss, per-user
+    gradients and all that is done with them are fp32."""
+    max_failures: int = 3
+    """Deaths of workers after which the others go on with a new one; one more fails the update."""
+    checkpoint_steps: int = 5
+    """Steps between two checkpoints, and as many as a worker's death can lose: under privacy they
+    stay charged and are not run again."""
     num_steps: int = 15
     bootstrap_num_steps: int = 40
     """Steps of the first update, which starts from a hand-set head."""
@@ -56,6 +69,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self, "train", AT_LEAST_1, "num_workers", "num_steps", "bootstrap_num_steps")
         check(self, "train", AT_LEAST_1, "requests_per_step", "microbatch_users")
+        check(self, "train", AT_LEAST_1, "checkpoint_steps")
+        check(self, "train", NOT_NEGATIVE, "max_failures")
+        fewest, most = self.min_workers, self.num_workers
+        require(0 <= fewest <= most, "train.min_workers", fewest, f"0 to num_workers ({most})")
         check(self, "train", POSITIVE, "cpus_per_worker", "learning_rate")
         check(self, "train", POSITIVE, "bootstrap_learning_rate")
         require(0 < self.alpha <= 1, "train.alpha", self.alpha, "a fraction in (0, 1]")

@@ -10,6 +10,7 @@ from raysys.ledger.records import (
     PseudonymsRotated,
     Record,
     RolloutChanged,
+    StepsPermitted,
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
@@ -28,6 +29,8 @@ def explain(record: Record) -> str:
             return _started(record)
         case LeaseRenewed():
             return f"{record.update_id} is still at work on {record.owner}"
+        case StepsPermitted():
+            return f"{record.update_id} may run private steps up to its {record.num_steps}."
         case UpdateAbandoned():
             return (
                 f"{record.update_id} ended without a commit: {record.reason}; its partitions are "

@@ -22,6 +22,7 @@ from raysys.ledger.records import (
     PrivacySpend,
     PseudonymsRotated,
     RolloutChanged,
+    StepsPermitted,
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
@@ -44,6 +45,8 @@ class ActiveUpdate:
     lease_expires_at: float
     renewed_in: int
     """The record that the owner wrote last: two renewals differ, even if its clock stands still."""
+    permitted_steps: int = 0
+    """Private steps that may have run by now."""
 
     @property
     def update_id(self) -> str:
@@ -114,6 +117,11 @@ class Draft:
     def started(self) -> UpdateStarted | None:
         """The record that started the active update."""
         return self.active.started if self.active else None
+
+    @property
+    def permitted_steps(self) -> int:
+        """As the state's."""
+        return self.active.permitted_steps if self.active else 0
 
     @functools.cached_property
     def versions(self) -> dict[str, UpdateCommitted]:
@@ -200,11 +208,15 @@ def _change(draft: Draft, entry: Entry) -> None:
                 lease_expires_at=record.lease_expires_at,
                 renewed_in=entry.sequence,
             )
+        case StepsPermitted() as record:
+            assert draft.active is not None
+            draft.active = dataclasses.replace(draft.active, permitted_steps=record.num_steps)
         case UpdateAbandoned() as record:
+            assert draft.active is not None
+            _charge(draft, record.update_id, charge_if_abandoned(draft.active), "abandoned")
             draft.active = None
             draft.abandoned.append(record)
             draft.ended.add(record.update_id)
-            _charge(draft, record.update_id, None, "abandoned")
         case PseudonymsRotated() as record:
             draft.ended.add(record.update_id)
             draft.rotations.append(record)
@@ -214,6 +226,18 @@ def _change(draft: Draft, entry: Entry) -> None:
             _commit(draft, record)
         case RolloutChanged() as record:
             _roll(draft, record, entry.at)
+
+
+def charge_if_abandoned(active: ActiveUpdate) -> PrivacySpend | None:
+    """Returns what the active update is charged if it ends without a commit; None if not private.
+
+    Its releases and its selection may all be out, so they are charged in full. Of its steps, none
+    ran that was not permitted before, if it asked for permits at all.
+    """
+    reserved = active.started.reserved
+    if reserved is None or not active.started.permits_steps:
+        return reserved
+    return dataclasses.replace(reserved, num_steps=active.permitted_steps)
 
 
 def _start(draft: Draft, record: UpdateStarted, entry: Entry) -> None:

@@ -6,9 +6,9 @@
     rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
 
 Every record carries `schema_version`; an older one still reads. Version 3 added spends that name
-disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and carries that of the record before it as `prev`, so that a record that was
-changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys and paths are
-relative to the root.
+disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and
+carries that of the record before it as `prev`, so that a record that was changed after it was
+written gives itself away. Times are UNIX seconds, UTC. Keys and paths are relative to the root.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class UserGroup:
 
     scheme: str
     """Names the split, its number of parts and the key of the pseudonyms that it hashes. Groups of
-    one scheme are disjoint, so their spends compose in parallel; of two schemes they may overlap."""
+    one scheme are disjoint, so their spends compose in parallel; those of two may overlap."""
     index: int
 
 
@@ -146,6 +146,9 @@ class UpdateStarted:
     reserved: PrivacySpend | None
     """None when `private` is false."""
     set_aside: tuple[SetAside, ...] = ()
+    permits_steps: bool = False
+    """Whether its private steps run only after a `StepsPermitted`. Without, as in the ledgers of
+    older releases, nobody knows how many ran, and it stays charged for all that it reserved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +176,8 @@ class StepsPermitted:
 class UpdateAbandoned:
     """The update will never commit. Its partitions are free again.
 
-    It stays charged for its releases and for the steps that were permitted.
+    It stays charged for its releases and its selection, and for the steps that were permitted; for
+    all that it reserved, if it did not ask for permits.
     """
 
     update_id: str

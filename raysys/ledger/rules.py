@@ -17,6 +17,7 @@ from raysys.ledger.records import (
     PseudonymsRotated,
     Record,
     RolloutChanged,
+    StepsPermitted,
     UpdateCommitted,
     UpdateStarted,
 )
@@ -27,6 +28,8 @@ class Known(Protocol):
 
     @property
     def started(self) -> UpdateStarted | None: ...
+    @property
+    def permitted_steps(self) -> int: ...
     @property
     def head_state(self) -> str | None: ...
     @property
@@ -54,6 +57,24 @@ def problem(known: Known, record: Record) -> str | None:
         return _commit_problem(known, record, started)
     if isinstance(record, PseudonymsRotated):
         return _rotation_problem(known, record, started)
+    if isinstance(record, StepsPermitted):
+        return _permit_problem(known, record, started)
+    return None
+
+
+def _permit_problem(known: Known, record: StepsPermitted, started: UpdateStarted) -> str | None:
+    if not started.permits_steps or started.reserved is None:
+        return f"permits steps of {record.update_id}, which was started without permits"
+    if record.num_steps < known.permitted_steps:
+        return (
+            f"permits {record.num_steps} steps of {record.update_id}, of which "
+            f"{known.permitted_steps} were permitted before"
+        )
+    if record.num_steps > started.reserved.num_steps:
+        return (
+            f"permits {record.num_steps} steps of {record.update_id}, which reserved "
+            f"{started.reserved.num_steps}"
+        )
     return None
 
 
@@ -64,6 +85,8 @@ def _start_problem(known: Known, record: UpdateStarted, active: UpdateStarted | 
         return f"starts {record.update_id} a second time"
     if (record.reserved is not None) != record.private:
         return f"starts {record.update_id} with private={record.private} but the other reservation"
+    if record.permits_steps and not record.private:
+        return f"starts {record.update_id} with permits of private steps, but it is not private"
     return _double_use(known, record.update_id, record.partitions)
 
 
@@ -82,6 +105,11 @@ def _commit_problem(known: Known, record: UpdateCommitted, started: UpdateStarte
         return f"commits {record.update_id} with pseudonyms of another key than the state has"
     if not _within(record.spent, started.reserved):
         return f"commits {record.update_id} with another privacy spend than it reserved"
+    if record.spent and started.permits_steps and record.spent.num_steps != known.permitted_steps:
+        return (
+            f"commits {record.update_id} with {record.spent.num_steps} steps, of which "
+            f"{known.permitted_steps} were permitted"
+        )
     return _double_use(known, record.update_id, record.partitions)
 
 
@@ -131,6 +159,11 @@ def _within(spent: PrivacySpend | None, reserved: PrivacySpend | None) -> bool:
         and spent.noise_multiplier >= reserved.noise_multiplier
         and spent.num_count_releases <= reserved.num_count_releases
         and spent.count_noise_multiplier >= reserved.count_noise_multiplier
+        and spent.num_evaluations <= reserved.num_evaluations
+        and spent.evaluation_noise_multiplier >= reserved.evaluation_noise_multiplier
+        # Other users than those who were reserved, or fewer of them, are another reservation.
+        and spent.group == reserved.group
+        and spent.selection == reserved.selection
     )
 
 

@@ -56,8 +56,8 @@ class State:
     """Path in `consumed_files` -> the update that could not read it: nothing of it was trained."""
     consumed_item_files: Mapping[str, FileRef] = dataclasses.field(default_factory=lambda: _EMPTY)
     spends: tuple[tuple[str, PrivacySpend, SpendStatus], ...] = ()
-    """What each private update is charged: its reservation until it commits, and for good if it is
-    abandoned, since nobody knows how far it came."""
+    """What each private update is charged: its reservation until it ends; then what it committed,
+    or, if it is abandoned, the reservation with no more steps than were permitted."""
     head_state: str | None = None
     """The update whose `state/` the next update starts from: the last commit, held or not, or a
     rotation of its pseudonyms."""
@@ -79,6 +79,11 @@ class State:
     def started(self) -> UpdateStarted | None:
         """The record that started the active update."""
         return self.active.started if self.active else None
+
+    @property
+    def permitted_steps(self) -> int:
+        """Private steps of the active update that may have run."""
+        return self.active.permitted_steps if self.active else 0
 
     @property
     def versions(self) -> dict[str, UpdateCommitted]:

@@ -51,7 +51,7 @@ class HeadModule(torch.nn.Module):
     def head(self) -> Head:
         """Returns a NumPy copy."""
         state = self.state_dict()
-        return Head(weights={name: value.numpy().copy() for name, value in state.items()})
+        return Head(weights={name: value.cpu().numpy().copy() for name, value in state.items()})
 
 
 class RankerModule(torch.nn.Module):

@@ -67,13 +67,14 @@ class TextTower(torch.nn.Module):
         self.scaling = float(dense.scaling["default"])
         self.norm = layer.output.LayerNorm.requires_grad_(False)
         with torch.no_grad():
-            hidden = torch.from_numpy(activations.hidden).float()
+            device = self.lora_b.device
+            hidden = torch.from_numpy(activations.hidden).to(device).float()
             projected = layer.intermediate(hidden)
             self.base = dense.base_layer(projected) + hidden  # (M, T, d)
             # With A frozen, its output is a constant of the update: r numbers a token, not h.
             self.lora_input = projected if train_lora_a else projected @ self.lora_a.T
-        lengths = torch.from_numpy(activations.lengths)
-        mask = torch.arange(hidden.shape[1]) < lengths[:, None]
+        lengths = torch.from_numpy(activations.lengths).to(device)
+        mask = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
         self.mask = (mask / lengths[:, None])[..., None].float()  # (M, T, 1), sums to 1 over T
 
     def forward(self, text_index: torch.Tensor) -> torch.Tensor:

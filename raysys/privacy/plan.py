@@ -49,8 +49,8 @@ class PrivacyPlan:
         """What the ledger is charged, None without privacy."""
         return self.spend if self.enabled else None
 
-    def rng(self, seed: int, world_rank: int) -> np.random.Generator:
-        """Returns the generator of a worker's draws.
+    def rng(self, seed: int, world_rank: int, step: int = 0) -> np.random.Generator:
+        """Returns the generator of a worker's draws from a step on.
 
         Under privacy it comes from the operating system's entropy, whatever the seed: a seed that
         ranks share would give them the same masks, and one that is known would undo the
@@ -58,14 +58,18 @@ class PrivacyPlan:
         replayed.
         """
         return (
-            np.random.default_rng() if self.enabled else np.random.default_rng([seed, world_rank])
+            np.random.default_rng()
+            if self.enabled
+            else np.random.default_rng([seed, world_rank, step])
         )
 
-    def sampler(self, num_users: int, rng: np.random.Generator) -> PoissonSampler:
-        """Returns the sampler of a worker that holds `num_users` users."""
+    def sampler(
+        self, num_users: int, rng: np.random.Generator, *, num_steps: int | None = None
+    ) -> PoissonSampler:
+        """Returns the sampler of a worker that holds `num_users` users, of all steps by default."""
         return PoissonSampler(
             num_users=num_users,
-            num_steps=self.spend.num_steps,
+            num_steps=self.spend.num_steps if num_steps is None else num_steps,
             sampling_prob=self.spend.sampling_prob,
             rng=rng,
         )
@@ -80,7 +84,8 @@ class PrivacyPlan:
         clipped and no noise is added; sampling and normaliser stay the same. Noise has a generator
         of its own, from the operating system's entropy: no seed set elsewhere can repeat it.
         """
-        generator = torch.Generator()
+        # Noise is drawn where the gradients are.
+        generator = torch.Generator(inner.param_groups[0]["params"][0].device)
         generator.seed()
         return DistributedDPOptimizer(
             inner,

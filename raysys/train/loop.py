@@ -2,38 +2,36 @@
 
     examples of its shards + previous version -> train_on_shards() -> Trained
 
-The result is the same on all ranks. A step: sample users (Poisson), one request of each at random,
-forward, backward (per-user gradients), clip each user, sum over workers, noise once, AdamW. Empty
-steps are taken like all others, so ranks stay in step and every step is charged as planned.
-
-Shape suffixes: U = users of a microbatch, R = requests of a user, K = candidates, A = attended.
+The result is the same on all ranks. Steps run in blocks: rank 0 asks which ones, all run them, and
+rank 0 keeps a checkpoint. `blocks.py` has why nothing is spent twice, `step.py` what a step is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer
 from peft import PeftModel
-from torch.nn.functional import normalize
 
 from raysys.config import Config, ModelConfig, TrainConfig
-from raysys.errors import PrivacyError
+from raysys.errors import WorkersLostError
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.model.encoder import TextEncoder, TokenActivations
-from raysys.model.losses import LOSSES
 from raysys.model.merge import interpolate, merge_lora
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import Head
 from raysys.model.text_tower import TextTower, add_lora, lora_layer
-from raysys.privacy.clipping import require_per_user_gradients, set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
+from raysys.train.batches import Batches
+from raysys.train.blocks import NextSteps, uncharged
+from raysys.train.checkpoint import Checkpoint, Checkpoints
+from raysys.train.health import frozen_digests, require_frozen, require_moved
+from raysys.train.step import Probe, Stepper
+
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,18 +96,6 @@ class Trained:
     """Of this worker's sampled users. Sensitive: for tests, never reported."""
 
 
-class Probe(Protocol):
-    """What an audit does within each step: `train.canaries`."""
-
-    def before_clip(
-        self, users: NDArray[np.int64], parameters: Sequence[torch.nn.Parameter]
-    ) -> None:
-        """Sees, and may replace, the gradients `grad_sample` (U, ...) of these users (U,)."""
-
-    def after_noise(self, optimizer: DPOptimizer) -> None:
-        """Sees what one step releases: `grad` of the optimizer's parameters."""
-
-
 def train_on_shards(
     job: TrainJob,
     shards: list[ExampleSet],
@@ -117,43 +103,66 @@ def train_on_shards(
     *,
     num_workers: int,
     on_step: Callable[[int], None],
+    next_steps: NextSteps | None = None,
+    checkpoints: Checkpoints | None = None,
+    device: torch.device = _CPU,
     probe: Probe | None = None,
 ) -> Trained:
     """Runs all steps on this worker's users. Needs a `torch.distributed` group of `num_workers`.
 
     Args:
+      on_step: Told how many steps are used up, after each one.
+      next_steps: Says on rank 0 which steps to run next; by default all of them in one block.
+      checkpoints: Where to go on from, and what is kept after each block; by default nothing is.
+      device: Where steps are computed. What comes back is on the CPU.
       probe: Of an audit, which has made-up users only.
 
     Raises:
-      PrivacyError: A trainable weight has no per-user gradient, or training changed nothing.
+      PrivacyError: A trainable weight has no per-user gradient, or the loss is not by user.
+      HealthError: Training changed nothing, or a weight that is frozen.
+      WorkersLostError: All steps are used up and no checkpoint was kept.
     """
     torch.manual_seed(job.seed)  # LoRA's A must be the same on all ranks
     encoder = TextEncoder(job.model.encoder, job.model.max_tokens)
     query_text = _embed_queries(encoder, shards, job.adapted_weight)
+    # Before LoRA is added, whose weights must stay the objects that the model holds (opacus #820).
+    encoder.model.to(device)  # type: ignore[arg-type]
     peft_model = add_lora(encoder, job.model)
-    dense = lora_layer(peft_model)
+    dense = lora_layer(peft_model).to(device)
     if job.adapted_weight is not None:
-        dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy())
+        dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy()).to(device)
     torch.seed()  # whatever is drawn from here on differs by rank and by run
-    rng = job.plan.rng(job.seed, torch.distributed.get_rank())
     tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
-    module = RankerModule(tower, HeadModule(job.head))
-    text_before = tower.embed_all()
-    batches = _Batches(shards, job, text_before, query_text, rng)
-    losses = _run_steps(
-        job, module, batches, rng, num_workers=num_workers, on_step=on_step, probe=probe
+    module = RankerModule(tower, HeadModule(job.head).to(device))
+    text_before = tower.embed_all().cpu()
+    batches = Batches(
+        shards,
+        text_of_item=job.text_of_item,
+        text_before=text_before,
+        query_text=query_text,
+        requests_per_step=job.train.requests_per_step,
+        device=device,
     )
+    frozen = frozen_digests([peft_model, module])
+    losses = _run_steps(
+        job, module, batches, num_workers=num_workers, on_step=on_step,
+        next_steps=next_steps or _all_at_once(job), checkpoints=checkpoints, device=device,
+        probe=probe,
+    )  # fmt: skip
+    require_frozen(frozen, frozen_digests([peft_model, module]))
 
     with torch.no_grad():
         tower.lora_b.mul_(job.train.alpha)
+    text_after = tower.embed_all().cpu().numpy()
+    peft_model.to("cpu")
     return Trained(
-        head=interpolate(job.head, module.head.head(), job.train.alpha),
+        head=interpolate(job.head, module.head.to("cpu").head(), job.train.alpha),
         peft_model=peft_model,
         merged_weight=merge_lora(
             dense.base_layer.weight, tower.lora_a, tower.lora_b, tower.scaling
         ),
         text_before=text_before.numpy(),
-        text_after=tower.embed_all().numpy(),
+        text_after=text_after,
         num_users=batches.num_users,
         mean_loss=float(np.mean(losses)) if losses else float("nan"),
     )
@@ -162,141 +171,66 @@ def train_on_shards(
 def _run_steps(
     job: TrainJob,
     module: RankerModule,
-    batches: _Batches,
-    rng: np.random.Generator,
+    batches: Batches,
     *,
     num_workers: int,
     on_step: Callable[[int], None],
+    next_steps: NextSteps,
+    checkpoints: Checkpoints | None,
+    device: torch.device,
     probe: Probe | None,
 ) -> list[float]:
-    names, parameters = zip(*module.trainable(), strict=True)
+    parameters = [parameter for _, parameter in module.trainable()]
     before = [parameter.detach().clone() for parameter in parameters]
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
+    stepper = Stepper(
+        module, batches, adam, train=job.train, plan=job.plan, learning_rate=job.learning_rate,
+        seed=job.seed, num_workers=num_workers, autocast=_autocast(job.train, device),
+        probe=probe,
+    )  # fmt: skip
+    is_first = torch.distributed.get_rank() == 0
+    done = 0
+    if checkpoints is not None:
+        (done,) = _from_rank_0([checkpoints.latest() if is_first else 0], device)
+        if done:
+            checkpoints.load(done).restore(module.trainable(), adam)
+    while True:
+        block = next_steps(done) if is_first else range(0)
+        start, stop = _from_rank_0([block.start, block.stop], device)
+        if start >= stop:
+            break
+        for step in range(start, stop):
+            stepper.run(step)
+            on_step(step + 1)
+        done = stop
+        if checkpoints is not None and is_first:
+            checkpoints.save(Checkpoint.of(done, module.trainable(), adam))
+    if done == 0:
+        raise WorkersLostError(
+            f"train workers died before the first checkpoint and {job.plan.spend.num_steps} steps "
+            "are used up, so nothing was learned; submit again with a smaller "
+            f"train.checkpoint_steps (now {job.train.checkpoint_steps})"
+        )
+    require_moved(module.trainable(), before, adam)
+    return stepper.losses
+
+
+def _all_at_once(job: TrainJob) -> NextSteps:
     num_steps = job.plan.spend.num_steps
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / num_steps, 0))
-    optimizer = job.plan.optimizer(adam, num_workers=num_workers)
-    if probe is not None:
-        optimizer.attach_step_hook(probe.after_noise)
-    losses: list[float] = []
-    for step, users in enumerate(job.plan.sampler(batches.num_users, rng)):
-        parts = np.array_split(users, max(-(-len(users) // job.train.microbatch_users), 1))
-        for i, part in enumerate(parts):
-            optimizer.zero_grad(set_to_none=True)
-            if len(part):
-                losses.extend(_backward(module, batches.take(part), job.train.loss))
-                if probe is not None:
-                    probe.before_clip(part, parameters)
-                require_per_user_gradients(zip(names, parameters, strict=True), len(part))
-            else:
-                set_empty_gradients(parameters)
-            # Opacus clips and sums every part, and adds noise and steps with the last one only.
-            optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay.step()
-        on_step(step + 1)
-    _require_moved(module, before, adam)
-    return losses
+    return uncharged(num_steps=num_steps, size=num_steps)
 
 
-def _backward(module: RankerModule, batch: dict[str, torch.Tensor], loss_name: str) -> list[float]:
-    labels = {name: batch.pop(name) for name in ("gains", "weight", "log_q", "valid")}
-    loss = LOSSES[loss_name](module(**batch), **labels)
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    return list(loss.detach().tolist())
+def _from_rank_0(values: list[int], device: torch.device) -> list[int]:
+    """Returns what rank 0 says; if it fails, Ray Train ends those that wait for it."""
+    told = torch.tensor(values, dtype=torch.int64, device=device)
+    torch.distributed.broadcast(told, src=0)
+    return [int(value) for value in told.tolist()]
 
 
-def _require_moved(
-    module: RankerModule, before: list[torch.Tensor], adam: torch.optim.Optimizer
-) -> None:
-    """Some stacks report loss and epsilon while nothing is trained (opacus #820).
-
-    What nothing ever pulled at may stay as it was. Noise pulls at everything; without it LoRA has
-    no gradient where no user has a history yet.
-    """
-    moved = {}
-    for (name, parameter), old in zip(module.trainable(), before, strict=True):
-        pulled = adam.state[parameter]["exp_avg_sq"].any() if parameter in adam.state else True
-        moved[name] = not torch.equal(parameter, old)
-        if not torch.isfinite(parameter).all() or (pulled and not moved[name]):
-            raise PrivacyError(
-                f"training left {name} unchanged, or not finite: the optimizer does not hold the "
-                "weights that the model computes with, or the learning rate is out of bounds"
-            )
-    if not any(moved.values()):
-        raise PrivacyError("training changed nothing: no sampled user had a loss")
-
-
-class _Batches:
-    """Random access to a worker's examples by user."""
-
-    def __init__(
-        self,
-        shards: list[ExampleSet],
-        job: TrainJob,
-        text_before: torch.Tensor,
-        query_text: dict[str, torch.Tensor],
-        rng: np.random.Generator,
-    ) -> None:
-        self._shards, self._text = shards, text_before
-        self._text_of_item = job.text_of_item
-        self._requests_per_step = job.train.requests_per_step
-        self._rows = list(_rows_of_users(shards))
-        self._rng = rng
-        self._query_text = query_text
-
-    @property
-    def num_users(self) -> int:
-        return len(self._rows)
-
-    def take(self, users: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Returns one random choice of requests for each user: the arguments of a forward pass."""
-        rows = [self._choose(user) for user in users]  # (U,) of (shard, rows)
-        num_requests = max(len(chosen) for _, chosen in rows)
-        fields = {
-            name: np.stack(
-                [_padded(getattr(self._shards[s], name)[r], num_requests) for s, r in rows]
-            )
-            for name in (
-                "candidates", "gains", "weight", "log_q", "features", "attended", "attention",
-            )
-        }  # fmt: skip
-        # A padded request repeats the first one, with no candidate and hence no loss or gradient.
-        for user, (_, chosen) in enumerate(rows):
-            fields["candidates"][user, len(chosen) :] = -1
-            fields["gains"][user, len(chosen) :] = 0.0
-        candidates = fields["candidates"]
-        text_index = torch.from_numpy(self._text_of_item[candidates].astype(np.int64))
-        return {
-            "features": torch.from_numpy(fields["features"]),
-            "text_index": text_index,
-            "history_text": self._history_text(fields["attended"], fields["attention"]),
-            "query_text": self._query_texts(rows, num_requests),
-            "gains": torch.from_numpy(fields["gains"]),
-            "weight": torch.from_numpy(fields["weight"]),
-            "log_q": torch.from_numpy(fields["log_q"]),
-            "valid": torch.from_numpy(candidates >= 0),
-        }
-
-    def _choose(self, user: np.int64) -> tuple[int, NDArray[np.int64]]:
-        shard, rows = self._rows[user]
-        return shard, self._rng.permutation(rows)[: self._requests_per_step]
-
-    def _history_text(self, attended: IndexArray, attention: FloatArray) -> torch.Tensor:
-        index = torch.from_numpy(self._text_of_item[attended].astype(np.int64))
-        pooled = torch.einsum("ura,urad->urd", torch.from_numpy(attention), self._text[index])
-        return normalize(pooled, dim=-1)
-
-    def _query_texts(
-        self, rows: list[tuple[int, NDArray[np.int64]]], num_requests: int
-    ) -> torch.Tensor:
-        out = torch.zeros(len(rows), num_requests, self._text.shape[1])
-        for user, (shard, chosen) in enumerate(rows):
-            for place, row in enumerate(chosen):
-                query = self._shards[shard].queries[row]
-                if query:
-                    out[user, place] = self._query_text[query]
-        return out
+def _autocast(train: TrainConfig, device: torch.device) -> torch.autocast:
+    """Returns the context of forward passes: matrices in bfloat16 perhaps, norms and loss never."""
+    is_half = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_half)
 
 
 def _embed_queries(
@@ -306,18 +240,3 @@ def _embed_queries(
     if not queries:
         return {}
     return dict(zip(queries, torch.from_numpy(encoder.embed(queries, adapted_weight)), strict=True))
-
-
-def _rows_of_users(shards: list[ExampleSet]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    for index, shard in enumerate(shards):
-        starts = np.flatnonzero(np.diff(shard.user, prepend=-1))
-        for rows in np.split(np.arange(len(shard.user)), starts[1:]) if len(starts) else []:
-            yield index, rows
-
-
-def _padded(rows: NDArray[Any], num: int) -> NDArray[Any]:
-    return (
-        rows
-        if len(rows) == num
-        else np.concatenate([rows, np.repeat(rows[:1], num - len(rows), 0)])
-    )

@@ -3,48 +3,43 @@
     TrainJob + shards below staging/ -> train() -> TrainOutput
 
 Workers read their own shards and the cached activations from the root; only per-step gradients
-(about 4,000 numbers) cross the network. Rank 0 reports the result as a Ray Train checkpoint.
+(about 4,000 numbers) cross the network. When a worker dies, Ray Train starts the group anew, maybe
+a smaller one: shards are dealt again, and training goes on behind the steps that were permitted.
+Rank 0 reports the result as a Ray Train checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ray
 import ray.train
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+import ray.train.torch
+from ray.train import (
+    Checkpoint,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
-from safetensors.numpy import load_file, save_file
 
+from raysys.config import TrainConfig
 from raysys.ingest.example_set import map_examples
-from raysys.ingest.features import FloatArray
 from raysys.ingest.pipeline import examples_path
-from raysys.model.encoder import adapted_module_name, cache_folder, load_cached
-from raysys.model.scorer import Head
+from raysys.model.encoder import cache_folder, load_cached
 from raysys.partitions.layout import staging
 from raysys.storage import Root
-from raysys.train.loop import Trained, TrainJob, train_on_shards
+from raysys.train.blocks import NextSteps, charged, uncharged
+from raysys.train.checkpoint import Checkpoints
+from raysys.train.failures import RefuseRetries, told
+from raysys.train.loop import TrainJob, train_on_shards
+from raysys.train.output import TrainOutput, read_output, require_reloads, write_output
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOutput:
-    """What training brings back, alpha already applied."""
-
-    head: Head
-    adapter: dict[str, bytes]
-    """Files of the delta in PEFT's format."""
-    merged_weight: FloatArray
-    """(d, h) the new output projection."""
-    text_before: FloatArray
-    """(M, d) embeddings of all texts by the previous version."""
-    text_after: FloatArray
-    adapted_module: str
-    """Name of the encoder module that the delta belongs to."""
+_NEVER_S = float("inf")
 
 
 def train(
@@ -52,39 +47,70 @@ def train(
 ) -> TrainOutput:
     """Trains on the shards below `staging/<update_id>/`.
 
+    Under privacy the update must be the active one of the root's ledger, which permits its steps.
+
     Args:
       root: Where they are.
       cache: Where the activations of the texts are.
 
-    A failed worker fails the update: a silent restart would spend the reserved privacy twice.
+    Raises:
+      LeaseLostError: The update was given up meanwhile.
+      WorkersLostError: Workers died more often than `train.max_failures`.
+      RaysysError: As its subclass says.
     """
     filesystem, base = root.arrow()
+    use_gpu = _use_gpu(job.train)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "job": job, "texts": texts, "root": root, "cache": cache, "update_id": update_id,
             "num_shards": num_shards,
         },
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=job.train.num_workers,
-            resources_per_worker={"CPU": job.train.cpus_per_worker},
-        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=_scaling(job.train, use_gpu=use_gpu),
         run_config=RunConfig(
             name="train",
             storage_path=f"{base}/{staging(update_id)}",
             storage_filesystem=filesystem,
+            callbacks=[RefuseRetries()],  # type: ignore[list-item]
             # Ray restarts the workers of a preempted node without end unless told otherwise.
             failure_config=FailureConfig(
-                max_failures=0,
-                max_preemption_failures=0,  # type: ignore[call-arg]
+                max_failures=job.train.max_failures,
+                max_preemption_failures=job.train.max_failures,  # type: ignore[call-arg]
             ),
         ),
     )  # fmt: skip
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise told(error, job.train.max_failures) from error
     assert result.checkpoint is not None, "rank 0 reports a checkpoint or raises"
     with result.checkpoint.as_directory() as folder:
-        return _read_output(Path(folder))
+        return read_output(Path(folder))
+
+
+def _scaling(train: TrainConfig, *, use_gpu: bool) -> ScalingConfig:
+    fewest, most = _fewest_workers(train), train.num_workers
+    # Two equal bounds would make it wait for the autoscaler's coordinator all the same.
+    num_workers: Any = most if fewest == most else (fewest, most)
+    return ScalingConfig(
+        num_workers=num_workers,
+        resources_per_worker={"CPU": train.cpus_per_worker},
+        use_gpu=use_gpu,
+        # A healthy group is not resized: that stops it at any step, and what was permitted is lost.
+        elastic_resize_monitor_interval_s=_NEVER_S,  # type: ignore[call-arg]
+    )
+
+
+def _use_gpu(train: TrainConfig) -> bool:
+    if train.use_gpu != "auto":
+        return train.use_gpu
+    num_gpus: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    return num_gpus >= _fewest_workers(train)
+
+
+def _fewest_workers(train: TrainConfig) -> int:
+    return train.min_workers or train.num_workers
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -96,6 +122,7 @@ def _worker(config: dict[str, Any]) -> None:
         for shard in range(rank, config["num_shards"], num_workers)
     ]
     folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    activations = load_cached(config["cache"], folder).select(config["texts"])
     num_steps = job.plan.spend.num_steps
 
     def on_step(step: int) -> None:
@@ -105,45 +132,21 @@ def _worker(config: dict[str, Any]) -> None:
             sys.stdout.flush()
 
     trained = train_on_shards(
-        job, shards, load_cached(config["cache"], folder).select(config["texts"]),
-        num_workers=num_workers, on_step=on_step,
+        job, shards, activations, num_workers=num_workers, on_step=on_step,
+        next_steps=_next_steps(job, root, update_id), checkpoints=Checkpoints(root, update_id),
+        device=ray.train.torch.get_device(),
     )  # fmt: skip
     if rank != 0:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as directory:
-        _write_output(Path(directory), trained, encoder=job.model.encoder)
+        write_output(Path(directory), trained, encoder=job.model.encoder)
+        require_reloads(Path(directory), trained, job, activations)
         ray.train.report({"num_steps": num_steps}, checkpoint=Checkpoint.from_directory(directory))
 
 
-def _write_output(folder: Path, trained: Trained, *, encoder: str) -> None:
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in trained.head.weights.items()},
-        folder / "head.safetensors",
-    )
-    save_file(
-        {
-            "merged_weight": trained.merged_weight,
-            "text_before": trained.text_before,
-            "text_after": trained.text_after,
-        },
-        folder / "arrays.safetensors",
-    )
-    # The name as configured: PEFT would write this machine's path, and ask the hub about it.
-    trained.peft_model.peft_config["default"].base_model_name_or_path = encoder
-    trained.peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-    output = {"adapted_module": adapted_module_name(trained.peft_model.get_base_model())}
-    (folder / "output.json").write_text(json.dumps(output))
-
-
-def _read_output(folder: Path) -> TrainOutput:
-    arrays = load_file(folder / "arrays.safetensors")
-    adapter = [file for file in (folder / "adapter").iterdir() if file.name.startswith("adapter_")]
-    return TrainOutput(
-        merged_weight=arrays["merged_weight"],
-        text_before=arrays["text_before"],
-        text_after=arrays["text_after"],
-        head=Head(weights=load_file(folder / "head.safetensors")),
-        adapter={file.name: file.read_bytes() for file in adapter},
-        **json.loads((folder / "output.json").read_text()),
-    )
+def _next_steps(job: TrainJob, root: Root, update_id: str) -> NextSteps:
+    num_steps, size = job.plan.spend.num_steps, job.train.checkpoint_steps
+    if not job.plan.enabled:
+        return uncharged(num_steps=num_steps, size=size)
+    return charged(root, update_id, num_steps=num_steps, size=size)

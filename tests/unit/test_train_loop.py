@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from raysys.errors import PrivacyError
+from raysys.errors import HealthError, PrivacyError
 from raysys.evaluate.metrics import ranking_metrics
 from raysys.ingest.cases import Case, read_cases
 from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
@@ -24,8 +24,8 @@ from raysys.ingest.features import UserHistory, features
 from raysys.model.encoder import TextEncoder, TokenActivations, load_encoder
 from raysys.model.ranker import RankerModule
 from raysys.model.scorer import Head, head_inputs, pool_history
-from raysys.storage import Root
-from raysys.train import loop, trainer
+from raysys.train import loop, output
+from raysys.train import step as one_step
 from raysys.train.loop import Trained, train_on_shards
 from tests import tiny_shop
 
@@ -134,16 +134,17 @@ def test_the_new_version_is_the_previous_one_plus_alpha_times_what_was_learned(
     train: Train, monkeypatch: pytest.MonkeyPatch, alpha: float, train_lora_a: bool
 ) -> None:
     learned: dict[str, Any] = {}
-    require_moved = loop._require_moved
+    run_steps = loop._run_steps
 
-    def spy(module: RankerModule, *rest: Any) -> None:
+    def spy(job: Any, module: RankerModule, *rest: Any, **options: Any) -> list[float]:
+        losses = run_steps(job, module, *rest, **options)
         learned.update(
             head=module.head.head(),
             delta=module.tower.scaling * (module.tower.lora_b @ module.tower.lora_a).detach(),
         )
-        require_moved(module, *rest)
+        return losses
 
-    monkeypatch.setattr(loop, "_require_moved", spy)
+    monkeypatch.setattr(loop, "_run_steps", spy)
     previous_weight = np.random.default_rng(3).normal(size=(16, 32)).astype(np.float32)
     trained = train(
         past(), head=tiny_shop.random_head(), adapted_weight=previous_weight,
@@ -254,7 +255,7 @@ def test_an_optimizer_that_does_not_move_the_model_is_refused(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim, "AdamW", _Idle)
-    with pytest.raises(PrivacyError, match=r"training left tower\.lora_b unchanged, or"):
+    with pytest.raises(HealthError, match=r"training left tower\.lora_b unchanged, or"):
         train(past())
 
 
@@ -262,12 +263,12 @@ def test_an_optimizer_that_does_not_move_the_model_is_refused(
 def test_training_that_changes_nothing_or_diverges_is_refused(
     train: Train, learning_rate: float
 ) -> None:
-    with pytest.raises(PrivacyError, match="unchanged, or not finite"):
+    with pytest.raises(HealthError, match="unchanged, or not finite"):
         train(past(), learning_rate=learning_rate)
 
 
 def test_training_on_nobody_without_privacy_is_refused(train: Train) -> None:
-    with pytest.raises(PrivacyError, match="no sampled user had a loss"):
+    with pytest.raises(HealthError, match="no sampled user had a loss"):
         train(plan=NOT_PRIVATE)
 
 
@@ -286,7 +287,7 @@ def test_a_weight_beside_the_engine_stops_the_first_step(
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """The arguments of each forward pass and of its loss."""
     seen: list[dict[str, torch.Tensor]] = []
-    original, loss = loop.RankerModule.forward, loop.LOSSES["listwise"]
+    original, loss = RankerModule.forward, one_step.LOSSES["listwise"]
 
     def forward(self: Any, **batch: torch.Tensor) -> torch.Tensor:
         seen.append(dict(batch))
@@ -296,8 +297,8 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tens
         seen[-1].update(labels)
         return loss(scores, **labels)
 
-    monkeypatch.setattr(loop.RankerModule, "forward", forward)
-    monkeypatch.setattr(loop, "LOSSES", {"listwise": record})
+    monkeypatch.setattr(RankerModule, "forward", forward)
+    monkeypatch.setattr(one_step, "LOSSES", {"listwise": record})
     return seen
 
 
@@ -356,16 +357,16 @@ def test_what_rank_0_writes_is_what_the_driver_reads(
     train: Train, tiny_encoder: str, tmp_path: Path
 ) -> None:
     trained = train(past())
-    trainer._write_output(tmp_path, trained, encoder="as-configured")
-    output = trainer._read_output(tmp_path)
+    output.write_output(tmp_path, trained, encoder="as-configured")
+    read = output.read_output(tmp_path)
     for name in ("merged_weight", "text_before", "text_after"):
-        assert np.array_equal(getattr(output, name), getattr(trained, name))
-    assert output.head.weights.keys() == trained.head.weights.keys()
+        assert np.array_equal(getattr(read, name), getattr(trained, name))
+    assert read.head.weights.keys() == trained.head.weights.keys()
     for name, value in trained.head.weights.items():
-        assert np.array_equal(output.head.weights[name], value)
-    assert output.adapted_module == "encoder.layer.1.output.dense"
-    assert sorted(output.adapter) == ["adapter_config.json", "adapter_model.safetensors"]
-    written = output.adapter["adapter_config.json"].decode()
+        assert np.array_equal(read.head.weights[name], value)
+    assert read.adapted_module == "encoder.layer.1.output.dense"
+    assert sorted(read.adapter) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = read.adapter["adapter_config.json"].decode()
     assert "as-configured" in written and tiny_encoder not in written
 
 
@@ -373,35 +374,12 @@ def test_nothing_that_depends_on_single_users_but_the_weights_leaves_the_worker(
     train: Train, tmp_path: Path
 ) -> None:
     """Number of users and mean loss are sensitive: the driver must not even get them."""
-    trainer._write_output(tmp_path, train(past()), encoder="as-configured")
+    output.write_output(tmp_path, train(past()), encoder="as-configured")
     files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
     assert files == [
         "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "arrays.safetensors", "head.safetensors", "output.json",
     ]  # fmt: skip
     assert json.loads((tmp_path / "output.json").read_text()).keys() == {"adapted_module"}
-    names = {field.name for field in dataclasses.fields(trainer.TrainOutput)}
+    names = {field.name for field in dataclasses.fields(output.TrainOutput)}
     assert not names & {"num_users", "mean_loss"}
-
-
-def test_a_failed_or_preempted_worker_is_never_restarted_behind_the_ledgers_back(
-    tiny_encoder: str, local_root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stop(Exception):
-        pass
-
-    def record(*args: Any, run_config: Any, **options: Any) -> None:
-        failures = run_config.failure_config
-        assert (failures.max_failures, failures.max_preemption_failures) == (0, 0)
-        raise Stop
-
-    monkeypatch.setattr(trainer, "TorchTrainer", record)
-    with pytest.raises(Stop):
-        trainer.train(
-            tiny_shop.train_job(tiny_encoder),
-            [],
-            root=local_root,
-            cache=local_root,
-            update_id="u1",
-            num_shards=1,
-        )

@@ -50,8 +50,23 @@ def test_batch_sizes_have_the_mean_and_spread_of_poisson_sampling() -> None:
     assert looks_poisson(batch_sizes(sampler))
 
 
+class FixedSize(PoissonSampler):
+    """A broken sampler: batches of the expected size, drawn without replacement."""
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        size = round(self.num_users * self.sampling_prob)
+        for _ in range(self.num_steps):
+            yield np.sort(self.rng.choice(self.num_users, size, replace=False))
+
+
 def test_batches_of_a_fixed_size_do_not_pass_for_poisson_sampling() -> None:
-    assert not looks_poisson(np.full(2000, MEAN))
+    sizes = batch_sizes(
+        FixedSize(
+            num_users=NUM_USERS, num_steps=100, sampling_prob=PROB, rng=np.random.default_rng()
+        )
+    )
+    assert sizes.std() == 0 and sizes.mean() == MEAN
+    assert not looks_poisson(sizes)
 
 
 def test_every_user_takes_part_equally_often() -> None:

@@ -95,5 +95,10 @@ def say(line: str) -> None:
     print(f"[audit] {line}", file=sys.stderr, flush=True)
 
 
+def main() -> int:
+    """Runs the job and returns its exit code."""
+    return run_job("Set what a run is seen to lose beside what is claimed.", run, add_options)
+
+
 if __name__ == "__main__":
-    sys.exit(run_job("Set what a run is seen to lose beside what is claimed.", run, add_options))
+    sys.exit(main())

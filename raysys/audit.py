@@ -121,10 +121,9 @@ def audit(
     Raises:
       ConfigError: Without privacy nothing is claimed; or a value is out of bounds.
     """
-    _check(config, num_canaries, num_steps or 1, num_runs, confidence)
-    plan = PrivacyPlan.for_update(
-        config.privacy, num_steps=num_steps or config.train.num_steps, num_count_releases=0
-    )
+    num_steps = config.train.num_steps if num_steps is None else num_steps
+    _check(config, num_canaries, num_steps, num_runs, confidence)
+    plan = PrivacyPlan.for_update(config.privacy, num_steps=num_steps, num_count_releases=0)
     texts = _public_texts(config)
     runs = []
     for run in range(1, num_runs + 1):

@@ -29,12 +29,12 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Scores = NDArray[np.float64]
 CONFIDENCE = 0.95
 _NUM_SIMULATED = 20_000
-_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 """Of all canaries, which `plan_guesses` considers guessing to be in, and to be out."""
 _QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 """Of scores without a canary, which `plan_threshold` considers; and of those with one."""
@@ -112,14 +112,23 @@ def one_run_p_value(
             f"expected 0 <= right <= guesses <= canaries, got {num_correct} <= {num_guesses} <= "
             f"{num_canaries}"
         )
+    if num_correct == 0:
+        return 1.0
     # A guess is right at most as often as that of randomised response.
-    right = stats.binom(num_guesses, 1 / (1 + math.exp(-epsilon)))
-    p_value = float(right.sf(num_correct - 1))
-    if delta > 0 and num_correct > 0:
-        just_below = np.cumsum(right.pmf(np.arange(num_correct)[::-1]))
-        worst = float((just_below / np.arange(1, num_correct + 1)).max())
+    accuracy = 1 / (1 + math.exp(-epsilon))
+    p_value = float(special.bdtrc(num_correct - 1, num_guesses, accuracy))
+    if delta > 0:
+        below = _binomial_pmf(np.arange(num_correct)[::-1], num_guesses, accuracy)
+        worst = float((np.cumsum(below) / np.arange(1, num_correct + 1)).max())
         p_value += 2 * num_canaries * delta * worst
     return min(p_value, 1.0)
+
+
+def _binomial_pmf(k: NDArray[np.int64], n: int, prob: float) -> NDArray[np.float64]:
+    """As `scipy.stats.binom.pmf`, which spends ten times as long on looking at its arguments."""
+    ways = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+    out: NDArray[np.float64] = np.exp(ways + k * math.log(prob) + (n - k) * math.log1p(-prob))
+    return out
 
 
 def one_run_epsilon(
@@ -150,7 +159,7 @@ def one_run_epsilon(
         return 0.0
     while refuted(high):
         low, high = high, 2 * high
-    while high - low > 1e-6:
+    while high - low > 1e-5:
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low

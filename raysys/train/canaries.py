@@ -56,9 +56,10 @@ class Directions:
         value = (signs / np.sqrt(np.bincount(owner, minlength=num))[owner]).astype(np.float32)
         return cls(owner=owner, value=value)
 
-    def vectors(self, which: NDArray[np.int64]) -> torch.Tensor:
-        """Returns these directions, (len(which), D)."""
-        return torch.from_numpy(np.where(which[:, None] == self.owner, self.value, np.float32(0)))
+    def vectors(self, which: NDArray[np.int64], part: slice = slice(None)) -> torch.Tensor:
+        """Returns these directions, (len(which), D), or a part of their coordinates."""
+        owner, value = self.owner[part], self.value[part]
+        return torch.from_numpy(np.where(which[:, None] == owner, value, np.float32(0)))
 
     def along(self, vector: torch.Tensor) -> NDArray[np.float64]:
         """Returns the inner products (M,) of a vector (D,) with all directions."""
@@ -104,22 +105,23 @@ class Canaries:
         self, users: NDArray[np.int64], parameters: Sequence[torch.nn.Parameter]
     ) -> None:
         """Replaces the gradients of canaries, and adds up the clipped ones of all others."""
-        gradients = _flat([parameter.grad_sample for parameter in parameters])  # type: ignore[attr-defined]
-        directions = self._directions_of(gradients.shape[1])
-        is_canary = users >= self._num_others
-        others = gradients[torch.from_numpy(~is_canary)]
-        factor = (self._clip / others.norm(dim=1).clamp(min=1e-12)).clamp(max=1)
-        self._known += (factor @ others).cpu()
-        which = self._of_user[users[is_canary] - self._num_others]
-        replaced = NORM_OVER_CLIP * self._clip * directions.vectors(which)
-        gradients[torch.from_numpy(is_canary)] = replaced.to(gradients)
-        parts = torch.split(gradients, [parameter.numel() for parameter in parameters], dim=1)
-        for parameter, sample in zip(parameters, parts, strict=True):
+        samples = [_rows(parameter.grad_sample) for parameter in parameters]  # type: ignore[attr-defined]
+        directions = self._directions_of(sum(sample.shape[1] for sample in samples))
+        is_canary = torch.from_numpy(users >= self._num_others)
+        which = self._of_user[users[is_canary.numpy()] - self._num_others]
+        norm = torch.stack([sample.norm(dim=1) for sample in samples]).norm(dim=0).cpu()
+        factor = (self._clip / norm.clamp(min=1e-12)).clamp(max=1).masked_fill(is_canary, 0)
+        start = 0
+        for parameter, sample in zip(parameters, samples, strict=True):
+            part = slice(start, start := start + sample.shape[1])
+            self._known[part] += (factor.to(sample) @ sample).cpu()
+            replaced = NORM_OVER_CLIP * self._clip * directions.vectors(which, part)
+            sample[is_canary] = replaced.to(sample)
             parameter.grad_sample = sample.reshape(-1, *parameter.shape)  # type: ignore[attr-defined]
 
     def after_noise(self, optimizer: DPOptimizer) -> None:
         """Adds what a step of one worker releases to the scores."""
-        released = _flat([parameter.grad[None] for parameter in optimizer.params])[0]
+        released = torch.cat([parameter.grad.flatten() for parameter in optimizer.params])
         directions = self._directions_of(len(released))
         total = released.cpu().double() * optimizer.expected_batch_size - self._known
         seen = directions.along(total) / self._clip
@@ -134,6 +136,6 @@ class Canaries:
         return self._directions
 
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Joins tensors of (U, ...) to (U, D); always a copy."""
-    return torch.cat([tensor.detach().flatten(1) for tensor in tensors], dim=1)
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns (U, …) as (U, n)."""
+    return tensor.detach().flatten(1)

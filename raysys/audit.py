@@ -174,7 +174,7 @@ def _train(config: Config, plan: PrivacyPlan, texts: list[str], canaries: Canari
         config,
         plan,
         head=Head.decayed_frequency(config.model.hidden_units),
-        adapted_weight=None,
+        adapted_weights=None,
         text_of_item=np.arange(len(texts), dtype=np.int32),
         seed=int(np.random.default_rng().integers(2**32)),
     )

@@ -33,6 +33,7 @@ from raysys.ingest.seen import key_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.scorer import Head
 from raysys.partitions.discover import changed
@@ -219,7 +220,8 @@ def _train(
         _, weights = load_weights(root, state.versions[commit.base_version])
         base = weights.head
     texts, text_of_item = text_indexes(ingested.items)
-    encode_new_texts(root, config.model, texts)
+    changed = None if weights is None else weights.adapted_weights
+    encode_new_texts(root, config.model, texts, activations_cut(config.model, changed or ()))
     train_config = config.train
     plan = PrivacyPlan.for_update(
         config.privacy,
@@ -227,7 +229,7 @@ def _train(
         num_count_releases=0,
     )
     job = TrainJob.of(
-        config, plan, head=base, adapted_weight=None if weights is None else weights.adapted_weight,
+        config, plan, head=base, adapted_weights=changed,
         text_of_item=text_of_item, seed=commit.seed,
     )  # fmt: skip
     return train(
@@ -238,8 +240,12 @@ def _train(
 
 def _compare_weights(root: Root, commit: UpdateCommitted, trained: TrainOutput) -> None:
     _, weights = load_weights(root, commit)
-    recorded_weights = {**weights.head.weights, "encoder": weights.adapted_weight}
-    trained_weights = {**trained.head.weights, "encoder": trained.merged_weight}
+    recorded_weights = {**weights.head.weights, **weights.adapted_weights}
+    trained_weights = {**trained.head.weights, **trained.adapted_weights}
+    if other := recorded_weights.keys() ^ trained_weights.keys():
+        raise ReplayMismatchError(
+            f"weights {', '.join(sorted(other))} are not in both {commit.version} and its replay"
+        )
     for name, recorded in recorded_weights.items():
         again = trained_weights[name]
         if not np.array_equal(recorded, again):

@@ -32,6 +32,7 @@ from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted, UpdateStarted
 from raysys.ledger.state import State
+from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
 from raysys.model.encoder import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
@@ -99,6 +100,7 @@ def run_update(
     root.check_writable()
     keys = Pseudonymizer.from_config(config.pseudonyms)
     weights_sha256(resolve_encoder(config.model.encoder))
+    activations_cut(config.model)
     log = Log(root)
     delete_orphans(root, log)
     planner = Planner(root, config, within)
@@ -234,13 +236,15 @@ def _train(
     text_of_item: IndexArray,
 ) -> TrainOutput:
     config = run.config
-    num_new = encode_new_texts(run.root, config.model, texts)
+    changed = None if base_weights is None else base_weights.adapted_weights
+    cut = activations_cut(config.model, changed or ())
+    num_new = encode_new_texts(run.root, config.model, texts, cut)
     run.on_progress(f"{num_new:,} of {len(texts):,} item texts are new and were encoded")
     job = TrainJob.of(
         config,
         run.privacy,
         head=base,
-        adapted_weight=None if base_weights is None else base_weights.adapted_weight,
+        adapted_weights=changed,
         text_of_item=text_of_item,
         seed=run.started.seed,
     )
@@ -265,7 +269,8 @@ def _publish(
         base_version=run.plan.base_version,
         encoder=config.model.encoder,
         encoder_sha256=weights_sha256(resolve_encoder(config.model.encoder)),
-        adapted_module=trained.adapted_module,
+        adapter=config.model.adapter,
+        adapted_modules=trained.adapted_modules,
         max_tokens=config.model.max_tokens,
         lora_rank=config.model.lora_rank,
         alpha=config.train.alpha,
@@ -275,7 +280,7 @@ def _publish(
     )
     weights = VersionWeights(
         head=trained.head,
-        adapted_weight=trained.merged_weight,
+        adapted_weights=trained.adapted_weights,
         texts=texts,
         text=trained.text_after,
     )

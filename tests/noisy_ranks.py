@@ -1,22 +1,23 @@
 """What the ranks of groups of 2 and of 4 add to a step of nobody, run by `tests/unit/conftest.py`.
 
-python -m tests.noisy_ranks RANK FOLDER -> FOLDER/rank<RANK>.npz
+python -m tests.noisy_ranks FOLDER -> FOLDER/rank0.npz, …
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
+from opacus.optimizers import DPOptimizer
 
 from raysys.config import PrivacyConfig
-from raysys.privacy import plan as engine
 from raysys.privacy.plan import PrivacyPlan
-from raysys.privacy.sampling import PoissonSampler
+from tests.broken_engines import NoiseOnEachRank, with_fault
 
 NUM_COORDINATES = 250_000
 WORLD_SIZES = (2, 4)
@@ -26,28 +27,6 @@ CONFIG = PrivacyConfig(
 )
 NOISE_STD = 2.0 * 3.0 / 32
 """noise_multiplier * l2_clip_norm / expected_batch_users of CONFIG."""
-
-
-class NoiseOnEachRank(DistributedDPOptimizer):
-    """A broken engine: the noise of a step grows with the number of workers."""
-
-    add_noise = DPOptimizer.add_noise
-
-
-class NotTimesClip(DistributedDPOptimizer):
-    """A broken engine: noise that does not grow with the clip norm."""
-
-    def add_noise(self) -> None:
-        clip, self.max_grad_norm = self.max_grad_norm, 1.0
-        super().add_noise()
-        self.max_grad_norm = clip
-
-
-class DropsEmptySteps(PoissonSampler):
-    """A broken sampler, as Opacus' distributed one: ranks lose step."""
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return (users for users in super().__iter__() if len(users))
 
 
 def plan() -> PrivacyPlan:
@@ -84,10 +63,8 @@ def _results(rank: int, world_size: int) -> dict[str, NDArray[np.float32]]:
         "again": empty_step(world_size)[1],
         "sizes": np.array([len(users) for users in sampler], np.float32),
     }
-    sound = engine.DistributedDPOptimizer
-    engine.DistributedDPOptimizer = NoiseOnEachRank
-    found["broken_own"], found["broken_total"] = empty_step(world_size)
-    engine.DistributedDPOptimizer = sound
+    with mock.patch.object(PrivacyPlan, "optimizer", with_fault(NoiseOnEachRank)):
+        found["broken_own"], found["broken_total"] = empty_step(world_size)
     return {f"{name}_{world_size}": values for name, values in found.items()}
 
 
@@ -104,5 +81,19 @@ def main(rank: int, folder: Path) -> None:
     np.savez(folder / f"rank{rank}.npz", **results)
 
 
+def run_all(folder: Path) -> int:
+    """Forks all ranks, so that torch is imported once; returns how many failed."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=main, args=(rank, folder), daemon=True)
+        for rank in range(max(WORLD_SIZES))
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(100)
+    return sum(rank.exitcode != 0 for rank in ranks)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(run_all(Path(sys.argv[1])))

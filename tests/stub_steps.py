@@ -26,6 +26,7 @@ from raysys.ledger.lease import Lease
 from raysys.ledger.log import Log
 from raysys.ledger.records import FileRef, UpdateCommitted
 from raysys.model.scorer import Head
+from raysys.model.targets import Cut
 from raysys.partitions.layout import quarantine, staging, state_folder
 from raysys.privacy import budget
 from raysys.registry.store import VersionWeights, hash_files, hash_state
@@ -37,6 +38,7 @@ from raysys.train.output import TrainOutput
 from tests.helpers import FakeClock
 from tests.shop import item_table
 
+_MODULE = "encoder.layer.1.output.dense"
 _WEIGHT = np.zeros((2, 2), np.float32)
 _TEXTS = np.zeros((8, 2), np.float32)
 
@@ -89,7 +91,7 @@ class Steps:
             quarantined_files={}, items=table, items_before=table,
         )  # fmt: skip
 
-    def encode_new_texts(self, root: Root, config: ModelConfig, texts: list[str]) -> int:
+    def encode_new_texts(self, root: Root, config: ModelConfig, texts: list[str], cut: Cut) -> int:
         root.put("cache/activations/all.npz", b"activations")
         return len(texts)
 
@@ -100,8 +102,9 @@ class Steps:
         permit_all_steps(job, root, update_id)
         root.put(f"{staging(update_id)}/train/checkpoint/head.safetensors", b"head")
         return TrainOutput(
-            head=job.head, adapter={"adapter_model.safetensors": b"delta"}, adapted_module="dense",
-            merged_weight=_WEIGHT, text_before=_TEXTS, text_after=_TEXTS,
+            head=job.head, adapter={"adapter_model.safetensors": b"delta"},
+            adapted_modules=(_MODULE,), adapted_weights={_MODULE: _WEIGHT},
+            text_before=_TEXTS, text_after=_TEXTS,
         )  # fmt: skip
 
     def compare(
@@ -115,7 +118,10 @@ class Steps:
 
     def load_weights(self, root: Root, record: UpdateCommitted) -> tuple[None, VersionWeights]:
         return None, VersionWeights(
-            head=Head.decayed_frequency(8), adapted_weight=_WEIGHT, texts=[], text=_TEXTS
+            head=Head.decayed_frequency(8),
+            adapted_weights={_MODULE: _WEIGHT},
+            texts=[],
+            text=_TEXTS,
         )
 
     def publish(

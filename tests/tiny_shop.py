@@ -156,7 +156,7 @@ def train_job(encoder: str, **changes: Any) -> TrainJob:
         "plan": plan(),
         "learning_rate": 0.02,
         "head": Head.decayed_frequency(8),
-        "adapted_weight": None,
+        "adapted_weights": None,
         "text_of_item": text_of_item(),
         "seed": 0,
     }

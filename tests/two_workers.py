@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from raysys.model.encoder import TextEncoder
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.loop import TrainJob, train_on_shards
-from tests import tiny_shop
+from tests import per_user, tiny_shop
 
 NUM_USERS, NUM_STEPS = 10_000, 50
 SAMPLING_PROB = 0.0256
 WORLD_SIZE = 2
+ENGINE_ADAPTERS = ("LoRA", "FFA-LoRA", "AdaLoRA", "LayerNorm", "bias")
+"""Kinds of trainable layers of `tests.per_user` whose gradients both ranks compute."""
 
 
 def step_gradient(
@@ -41,6 +43,25 @@ def gradients_of_users() -> torch.Tensor:
     return directions * torch.logspace(-2, 4, 10)[:, None]
 
 
+def rows_of_rank(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a rank's token ids, and the user of each row."""
+    return per_user.make_batch(seed=10 + rank), (per_user.USER_OF_ROW + rank) % per_user.USERS
+
+
+def _by_engine(adapter: str, rank: int) -> dict[str, NDArray[np.float32]]:
+    """One step without noise, at a clip norm of 1."""
+    module = per_user.make_scorer(adapter)
+    found = {
+        f"{adapter}/{name}": sample.numpy().copy()
+        for name, sample in per_user.by_engine(module, *rows_of_rank(rank)).items()
+    }
+    trained = [p for p in module.parameters() if p.requires_grad]
+    plan = tiny_shop.plan(noise_multiplier=0.0, l2_clip_norm=1.0, expected_batch_users=1)
+    plan.optimizer(torch.optim.SGD(trained, lr=1.0), num_workers=WORLD_SIZE).step()
+    step = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    return {**found, f"{adapter} step": step.numpy()}
+
+
 def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
     torch.manual_seed(0)  # a seed that all share must not make sampling repeat
     quiet = tiny_shop.plan(noise_multiplier=0.0)
@@ -54,6 +75,7 @@ def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
         "masks": masks,
         **_trained("both", encoder, rank, has_users=True),
         **_trained("one", encoder, rank, has_users=rank == 0),
+        **{k: v for name in ENGINE_ADAPTERS for k, v in _by_engine(name, rank).items()},
     }
 
 
@@ -71,7 +93,7 @@ def _trained(
         on_step=lambda step: None,
     )
     return {
-        f"{name}_merged": trained.merged_weight,
+        f"{name}_merged": trained.adapted_weights["encoder.layer.1.output.dense"],
         f"{name}_skip": trained.head.weights["skip.weight"],
     }
 

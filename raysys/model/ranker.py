@@ -1,10 +1,10 @@
-"""The trainable ranker: LoRA in the encoder's last layer, and the hybrid head.
+"""The trainable ranker: an adapter in the encoder's upper layers, and the hybrid head.
 
-    TokenActivations -> TextTower (LoRA) -> similarities + features -> HeadModule -> scores
+    TokenActivations -> Tower (adapter) -> similarities + features -> HeadModule -> scores
 
-Everything trainable goes through `per_user_linear`, so one backward pass yields per-user
-gradients. Candidates' texts are embedded by the adapted encoder; history and query vectors come
-from the frozen previous version, which keeps their cost out of the step.
+Everything trainable is known to the engine (`privacy.clipping`), so one backward pass yields
+per-user gradients. Candidates' texts are embedded by the adapted encoder; history and query
+vectors come from the frozen previous version, which keeps their cost out of the step.
 
 Shape suffixes: U = users, R = requests of a user, K = candidates, F = features, d = width of the
 encoder, I = inputs of the head.
@@ -12,13 +12,16 @@ encoder, I = inputs of the head.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from raysys.ingest.features import NUM_FEATURES
 from raysys.model.scorer import NUM_INPUTS, Head
-from raysys.model.text_tower import TextTower
-from raysys.privacy.clipping import per_user_linear
+from raysys.model.tower import LayerTower, Tower
+from raysys.privacy.clipping import PerUserGradients, per_user_linear
 
 
 class HeadModule(torch.nn.Module):
@@ -55,11 +58,23 @@ class HeadModule(torch.nn.Module):
 
 
 class RankerModule(torch.nn.Module):
-    """Scores the candidates of users' requests."""
+    """Scores the candidates of users' requests.
 
-    def __init__(self, tower: TextTower, head: HeadModule) -> None:
+    Raises:
+      PrivacyError: Something is trainable that the engine does not know.
+    """
+
+    def __init__(self, tower: Tower, head: HeadModule, *, half_tower: bool = False) -> None:
+        """Combines both; `half_tower` has the tower multiply matrices in bfloat16.
+
+        The head is too small to gain by that, and its inputs are counts that need their digits.
+        """
         super().__init__()
         self.tower, self.head = tower, head
+        self._half_tower = half_tower
+        self._engine = PerUserGradients(self)
+        if isinstance(tower, LayerTower):
+            tower.rows = self._rows
 
     def forward(
         self,
@@ -76,7 +91,8 @@ class RankerModule(torch.nn.Module):
           history_text: (U, R, d), zero where there is no history.
           query_text: (U, R, d), zero where there is no query.
         """
-        text = self.tower(text_index)
+        with self._precision(text_index.device):
+            text = self.tower(text_index).float()
         by_history = torch.einsum("urkd,urd->urk", text, history_text)
         by_query = torch.einsum("urkd,urd->urk", text, query_text)
         has_query = (query_text.abs().sum(-1) > 0).to(features.dtype)
@@ -90,8 +106,33 @@ class RankerModule(torch.nn.Module):
             dim=-1,
         )
         assert inputs.shape[-1] == NUM_INPUTS and features.shape[-1] == NUM_FEATURES
-        scores: torch.Tensor = self.head(inputs)
+        with self._rows(None, len(features)):
+            scores: torch.Tensor = self.head(inputs)
         return scores
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if not self._half_tower:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Sets per-user gradients, `grad_sample` (U, ...), on all that is trained.
+
+        Args:
+          loss: (U,) each user's own, of the forward pass before.
+
+        Raises:
+          PrivacyError: As `PerUserGradients.backward`.
+        """
+        self._engine.backward(loss)
+
+    @contextlib.contextmanager
+    def _rows(self, users: torch.Tensor | None, num_users: int) -> Iterator[None]:
+        if not torch.is_grad_enabled():
+            yield
+            return
+        with self._engine.rows(users, num_users):
+            yield
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Returns the parameters that training changes, by name."""

@@ -16,49 +16,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import layer_norm, normalize
 
-from raysys.config import ModelConfig
-from raysys.model.encoder import (
-    TextEncoder,
-    TokenActivations,
-    adapted_layer,
-    adapted_module_name,
-)
+from raysys.model.encoder import TokenActivations
+from raysys.model.targets import DEFAULT_CUT
 from raysys.privacy.clipping import add_grad_sample, per_user_linear
 
 
-def add_lora(encoder: TextEncoder, config: ModelConfig) -> PeftModel:
-    """Wraps the encoder with a fresh LoRA on its last output projection.
-
-    B is zero, so nothing changes yet.
-    """
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        target_modules=[adapted_module_name(encoder.model)],
-        lora_dropout=0.0,
-        bias="none",
-    )
-    peft_model = get_peft_model(encoder.model, lora)
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
-
-
-def lora_layer(peft_model: PeftModel) -> Any:
-    """Returns the one adapted module: `.base_layer`, `.lora_A`, `.lora_B`, `.scaling`."""
-    return adapted_layer(peft_model.get_base_model()).output.dense
-
-
 class TextTower(torch.nn.Module):
-    """Embeds the catalogue's texts; its trainable weights are those of the PEFT model."""
+    """Embeds the catalogue's texts; its trainable weights are those of PEFT's modules."""
 
-    def __init__(
-        self, peft_model: PeftModel, activations: TokenActivations, *, train_lora_a: bool
-    ) -> None:
+    per_user_parameters = ("lora_a", "lora_b")
+
+    base: torch.Tensor
+    """(M, T, d) the encoder's own hidden states before the last norm."""
+    lora_input: torch.Tensor
+    """(M, T, h), or (M, T, r) where A is frozen."""
+    mask: torch.Tensor
+    """(M, T, 1)."""
+
+    def __init__(self, encoder: Any, activations: TokenActivations, *, train_lora_a: bool) -> None:
         super().__init__()
-        layer = adapted_layer(peft_model.get_base_model())
+        assert activations.cut == DEFAULT_CUT, (
+            "it starts from the input of the last feed-forward block"
+        )
+        layer = encoder.encoder.layer[-1]
         dense = layer.output.dense
         self.lora_a = dense.lora_A["default"].weight
         self.lora_b = dense.lora_B["default"].weight
@@ -67,15 +49,18 @@ class TextTower(torch.nn.Module):
         self.scaling = float(dense.scaling["default"])
         self.norm = layer.output.LayerNorm.requires_grad_(False)
         with torch.no_grad():
-            device = self.lora_b.device
-            hidden = torch.from_numpy(activations.hidden).to(device).float()
+            hidden = torch.from_numpy(activations.hidden).float()
             projected = layer.intermediate(hidden)
-            self.base = dense.base_layer(projected) + hidden  # (M, T, d)
+            self._keep("base", dense.base_layer(projected) + hidden)  # (M, T, d)
             # With A frozen, its output is a constant of the update: r numbers a token, not h.
-            self.lora_input = projected if train_lora_a else projected @ self.lora_a.T
-        lengths = torch.from_numpy(activations.lengths).to(device)
-        mask = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
-        self.mask = (mask / lengths[:, None])[..., None].float()  # (M, T, 1), sums to 1 over T
+            self._keep("lora_input", projected if train_lora_a else projected @ self.lora_a.T)
+        lengths = torch.from_numpy(activations.lengths)
+        mask = torch.arange(hidden.shape[1]) < lengths[:, None]
+        self._keep("mask", (mask / lengths[:, None])[..., None].float())  # sums to 1 over T
+
+    def _keep(self, name: str, constant: torch.Tensor) -> None:
+        """Makes it an attribute that moves to other devices with the tower."""
+        self.register_buffer(name, constant, persistent=False)
 
     def forward(self, text_index: torch.Tensor) -> torch.Tensor:
         """Returns normalised embeddings (U, ..., d) of the texts (U, ...), user first."""

@@ -4,7 +4,7 @@
     UpdateCommitted -> load_version() -> LoadedVersion -> score()
 
 `LoadedVersion` is what a replica ranks with. Versions share the frozen encoder of their process and
-differ by a head, one encoder matrix and an embedding for each text.
+differ by a head, some encoder matrices and an embedding for each text.
 
 Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
 """
@@ -50,8 +50,8 @@ class VersionWeights:
     """What a version adds to its encoder and its state."""
 
     head: Head
-    adapted_weight: FloatArray
-    """(d, h) the encoder's output projection with all deltas merged."""
+    adapted_weights: Mapping[str, FloatArray]
+    """Module name -> matrix with all deltas merged, of each module that its line has changed."""
     texts: list[str]
     text: FloatArray
     """(M, d) normalised embeddings of `texts`."""
@@ -177,11 +177,15 @@ class LoadedVersion:
             self.history_of(history, now), self.items.indexes_of(candidates), now=now, query=query
         )
 
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        shared = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
+        return shared.with_weights(self._weights.adapted_weights)
+
     def _embed_query(self, query: str) -> FloatArray:
         cached = self._queries.get(query)
         if cached is None:
-            encoder = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
-            cached = encoder.embed([query], self._weights.adapted_weight)[0]
+            cached = self._encoder.embed([query])[0]
             self._queries[query] = cached
             while len(self._queries) > MAX_CACHED_QUERIES:
                 self._queries.popitem(last=False)
@@ -215,7 +219,7 @@ def publish(
             {name: np.ascontiguousarray(value) for name, value in weights.head.weights.items()}
         ),
         "encoder.safetensors": save_tensors(
-            {"weight": np.ascontiguousarray(weights.adapted_weight)}
+            {name: np.ascontiguousarray(w) for name, w in weights.adapted_weights.items()}
         ),
         "texts.parquet": to_parquet(texts),
         "report.md": report.encode(),
@@ -265,10 +269,16 @@ def load_weights(root: Root, record: UpdateCommitted) -> tuple[Manifest, Version
     width = len(texts["embedding"][0])
     return manifest, VersionWeights(
         head=Head(weights=load_tensors(read("head.safetensors"))),
-        adapted_weight=load_tensors(read("encoder.safetensors"))["weight"],
+        adapted_weights=_by_module(load_tensors(read("encoder.safetensors")), manifest),
         texts=texts["text"].to_list(),
         text=texts["embedding"].list.to_array(width).to_numpy(),
     )
+
+
+def _by_module(tensors: dict[str, FloatArray], manifest: Manifest) -> dict[str, FloatArray]:
+    if tensors.keys() == {"weight"}:  # of a version whose manifest had schema 1
+        return dict(zip(manifest.adapted_modules, tensors.values(), strict=True))
+    return tensors
 
 
 def load_version(root: Root, record: UpdateCommitted) -> LoadedVersion:

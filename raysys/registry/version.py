@@ -2,8 +2,8 @@
 
     versions/<version>/manifest.json        what it is, from what, with which settings
                        head.safetensors     the hybrid head
-                       encoder.safetensors  the one encoder matrix that updates have changed
-                       adapter/             this update's delta in PEFT's format
+                       encoder.safetensors  the encoder matrices that its line has changed
+                       adapter/             this update's delta in PEFT's format, if it has one
                        texts.parquet        every catalogue text with its embedding
                        golden.json          requests with the scores that they must get
                        report.md            before and after, and the privacy statement
@@ -21,7 +21,8 @@ from typing import Any
 from raysys.errors import ArtifactError
 from raysys.partitions.layout import version_folder
 
-MANIFEST_SCHEMA_VERSION = 1
+MANIFEST_SCHEMA_VERSION = 2
+"""1 had one adapted module, `adapted_module`, and always LoRA on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,10 @@ class Manifest:
     encoder: str
     """As configured: a name, a folder or a hub id."""
     encoder_sha256: str
-    adapted_module: str
+    adapter: str
+    """As configured: lora, adalora, or none where the update trained the head alone."""
+    adapted_modules: tuple[str, ...]
+    """Full names of the encoder modules that this update's delta belongs to."""
     max_tokens: int
     lora_rank: int
     alpha: float
@@ -64,9 +68,16 @@ class Manifest:
                     f"the manifest has schema_version {body['schema_version']}, this raysys reads "
                     f"up to {MANIFEST_SCHEMA_VERSION}: upgrade raysys"
                 )
-            return cls(**body)
+            return cls(**_migrated(body))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"the manifest cannot be read: {error}") from error
+
+
+def _migrated(body: dict[str, Any]) -> dict[str, Any]:
+    if body["schema_version"] == 1:
+        body |= {"adapter": "lora", "adapted_modules": [body.pop("adapted_module")]}
+    modules = tuple(body["adapted_modules"])
+    return {**body, "adapted_modules": modules, "schema_version": MANIFEST_SCHEMA_VERSION}
 
 
 def version_path(version: str, name: str) -> str:

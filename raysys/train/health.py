@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from raysys.errors import HealthError
 from raysys.ingest.features import NUM_FEATURES, FloatArray
-from raysys.model.encoder import TextEncoder, TokenActivations, adapted_layer
+from raysys.model.encoder import TokenActivations
 from raysys.model.scorer import Head, head_inputs
 
 SCORE_TOLERANCE = 1e-6
@@ -126,18 +124,3 @@ def probe_scores(head: Head, text: FloatArray) -> FloatArray:
 def probe(activations: TokenActivations) -> TokenActivations:
     """Returns the activations of the probe's texts, perhaps fewer than `NUM_PROBE_TEXTS`."""
     return activations.select(activations.texts[:NUM_PROBE_TEXTS])
-
-
-def merged_from_adapter(
-    folder: Path, encoder: TextEncoder, previous: FloatArray | None
-) -> FloatArray:
-    """Returns the adapted weight that the adapter in a folder makes of the previous version's.
-
-    It consumes the encoder.
-    """
-    dense = adapted_layer(encoder.model).output.dense
-    if previous is not None:
-        dense.weight.data = torch.from_numpy(previous.copy())
-    merged = PeftModel.from_pretrained(encoder.model, str(folder)).merge_and_unload()
-    weight: FloatArray = adapted_layer(merged).output.dense.weight.detach().numpy()
-    return weight

@@ -9,7 +9,7 @@ rank 0 keeps a checkpoint. `blocks.py` has why nothing is spent twice, `step.py`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from raysys.config import Config, ModelConfig, TrainConfig
 from raysys.errors import WorkersLostError
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.features import FloatArray, IndexArray
+from raysys.model.adapter import Adapter
 from raysys.model.encoder import TextEncoder, TokenActivations
-from raysys.model.merge import interpolate, merge_lora
+from raysys.model.merge import interpolate
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import Head
-from raysys.model.text_tower import TextTower, add_lora, lora_layer
+from raysys.model.tower import build_tower
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
 from raysys.train.blocks import NextSteps, uncharged
@@ -44,13 +45,14 @@ class TrainJob:
     learning_rate: float
     head: Head
     """Of the previous version."""
-    adapted_weight: FloatArray | None
-    """The previous version's output projection, (d, h); None before the first version."""
+    adapted_weights: Mapping[str, FloatArray] | None
+    """The previous version's matrices by module, of all that its line has changed; None before the
+    first version."""
     text_of_item: IndexArray
     """(N,) index of each item's text."""
     seed: int
-    """Of LoRA's A. Another one for each update, so that deltas are not all in one subspace. Without
-    privacy also of sampling, so that an update can be replayed."""
+    """Of the adapter's random part. Another one for each update, so that deltas are not all in one
+    subspace. Without privacy also of sampling, so that an update can be replayed."""
 
     @classmethod
     def of(
@@ -59,20 +61,20 @@ class TrainJob:
         plan: PrivacyPlan,
         *,
         head: Head,
-        adapted_weight: FloatArray | None,
+        adapted_weights: Mapping[str, FloatArray] | None,
         text_of_item: IndexArray,
         seed: int,
     ) -> TrainJob:
-        """Returns the job of an update; the first one, without `adapted_weight`, learns faster."""
+        """Returns the job of an update; the first one, without `adapted_weights`, learns faster."""
         train = config.train
-        first = adapted_weight is None
+        first = adapted_weights is None
         return cls(
             model=config.model,
             train=train,
             plan=plan,
             learning_rate=train.bootstrap_learning_rate if first else train.learning_rate,
             head=head,
-            adapted_weight=adapted_weight,
+            adapted_weights=adapted_weights,
             text_of_item=text_of_item,
             seed=seed,
         )
@@ -83,10 +85,13 @@ class Trained:
     """The new version's weights, alpha already applied."""
 
     head: Head
-    peft_model: PeftModel
-    """The delta: `base_layer` is the previous version's, LoRA's B is scaled by alpha."""
-    merged_weight: FloatArray
-    """(d, h) the new output projection."""
+    peft_model: PeftModel | None
+    """The delta on the previous version's weights, scaled by alpha; None if only the head was
+    trained."""
+    adapted_weights: Mapping[str, FloatArray]
+    """The new version's matrices by module, of all that its line has changed."""
+    adapted_modules: tuple[str, ...]
+    """Names of the modules that the delta belongs to."""
     text_before: FloatArray
     """(M, d) embeddings of all texts by the previous version."""
     text_after: FloatArray
@@ -122,18 +127,16 @@ def train_on_shards(
       HealthError: Training changed nothing, or a weight that is frozen.
       WorkersLostError: All steps are used up and no checkpoint was kept.
     """
-    torch.manual_seed(job.seed)  # LoRA's A must be the same on all ranks
+    torch.manual_seed(job.seed)  # the adapter's random part must be the same on all ranks
     encoder = TextEncoder(job.model.encoder, job.model.max_tokens)
-    query_text = _embed_queries(encoder, shards, job.adapted_weight)
-    # Before LoRA is added, whose weights must stay the objects that the model holds (opacus #820).
-    encoder.model.to(device)  # type: ignore[arg-type]
-    peft_model = add_lora(encoder, job.model)
-    dense = lora_layer(peft_model).to(device)
-    if job.adapted_weight is not None:
-        dense.base_layer.weight.data = torch.from_numpy(job.adapted_weight.copy()).to(device)
+    base_weights = job.adapted_weights or {}
+    query_text = _embed_queries(encoder.with_weights(base_weights), shards)
+    adapter = Adapter.fresh(encoder, job.model, base_weights, num_steps=job.plan.spend.num_steps)
     torch.seed()  # whatever is drawn from here on differs by rank and by run
-    tower = TextTower(peft_model, activations, train_lora_a=job.model.train_lora_a)
-    module = RankerModule(tower, HeadModule(job.head).to(device))
+    tower = build_tower(adapter, activations)
+    # In place: the weights stay the objects that PEFT's model saves (opacus #820).
+    half_tower = _is_half(job.train, device)
+    module = RankerModule(tower, HeadModule(job.head), half_tower=half_tower).to(device)
     text_before = tower.embed_all().cpu()
     batches = Batches(
         shards,
@@ -143,24 +146,22 @@ def train_on_shards(
         requests_per_step=job.train.requests_per_step,
         device=device,
     )
-    frozen = frozen_digests([peft_model, module])
+    frozen = frozen_digests([adapter.encoder.model, module])
     losses = _run_steps(
         job, module, batches, num_workers=num_workers, on_step=on_step,
         next_steps=next_steps or _all_at_once(job), checkpoints=checkpoints, device=device,
         probe=probe,
     )  # fmt: skip
-    require_frozen(frozen, frozen_digests([peft_model, module]))
+    require_frozen(frozen, frozen_digests([adapter.encoder.model, module]))
 
-    with torch.no_grad():
-        tower.lora_b.mul_(job.train.alpha)
+    adapter.scale(job.train.alpha)
     text_after = tower.embed_all().cpu().numpy()
-    peft_model.to("cpu")
+    module.to("cpu")
     return Trained(
-        head=interpolate(job.head, module.head.to("cpu").head(), job.train.alpha),
-        peft_model=peft_model,
-        merged_weight=merge_lora(
-            dense.base_layer.weight, tower.lora_a, tower.lora_b, tower.scaling
-        ),
+        head=interpolate(job.head, module.head.head(), job.train.alpha),
+        peft_model=adapter.peft_model,
+        adapted_weights=adapter.weights(),
+        adapted_modules=adapter.modules,
         text_before=text_before.numpy(),
         text_after=text_after,
         num_users=batches.num_users,
@@ -185,8 +186,7 @@ def _run_steps(
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     stepper = Stepper(
         module, batches, adam, train=job.train, plan=job.plan, learning_rate=job.learning_rate,
-        seed=job.seed, num_workers=num_workers, autocast=_autocast(job.train, device),
-        probe=probe,
+        seed=job.seed, num_workers=num_workers, probe=probe,
     )  # fmt: skip
     is_first = torch.distributed.get_rank() == 0
     done = 0
@@ -227,16 +227,12 @@ def _from_rank_0(values: list[int], device: torch.device) -> list[int]:
     return [int(value) for value in told.tolist()]
 
 
-def _autocast(train: TrainConfig, device: torch.device) -> torch.autocast:
-    """Returns the context of forward passes: matrices in bfloat16 perhaps, norms and loss never."""
-    is_half = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_half)
+def _is_half(train: TrainConfig, device: torch.device) -> bool:
+    return train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
 
 
-def _embed_queries(
-    encoder: TextEncoder, shards: list[ExampleSet], adapted_weight: FloatArray | None
-) -> dict[str, torch.Tensor]:
+def _embed_queries(encoder: TextEncoder, shards: list[ExampleSet]) -> dict[str, torch.Tensor]:
     queries = sorted({query for shard in shards for query in shard.queries if query})
     if not queries:
         return {}
-    return dict(zip(queries, torch.from_numpy(encoder.embed(queries, adapted_weight)), strict=True))
+    return dict(zip(queries, torch.from_numpy(encoder.embed(queries)), strict=True))

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
 from raysys.config import TrainConfig
-from raysys.errors import PrivacyError
 from raysys.model.losses import LOSSES
 from raysys.model.ranker import RankerModule
-from raysys.privacy.clipping import require_per_user_gradients, set_empty_gradients
+from raysys.privacy.clipping import set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
 
@@ -55,13 +54,11 @@ class Stepper:
         learning_rate: float,
         seed: int,
         num_workers: int,
-        autocast: torch.autocast,
         probe: Probe | None = None,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
         self._learning_rate, self._seed = learning_rate, seed
-        self._autocast = autocast
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
         self._probe = probe
         if probe is not None:
@@ -87,34 +84,22 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _set_gradients(self, batch: dict[str, torch.Tensor] | None) -> None:
-        named = self._module.trainable()
         if batch is None:
-            set_empty_gradients(parameter for _, parameter in named)
-            return
-        num_users = len(batch["gains"])
-        self.losses.extend(backward(self._module, batch, self._train.loss, self._autocast))
-        require_per_user_gradients(named, num_users)
+            set_empty_gradients(parameter for _, parameter in self._module.trainable())
+        else:
+            self.losses.extend(backward(self._module, batch, self._train.loss))
 
 
 def backward(
-    module: RankerModule,
-    batch: Mapping[str, torch.Tensor],
-    loss_name: str,
-    autocast: torch.autocast,
+    module: RankerModule, batch: Mapping[str, torch.Tensor], loss_name: str
 ) -> list[float]:
     """Sets the per-user gradients of a batch; returns each user's loss.
 
     Raises:
-      PrivacyError: The loss is not one number a user, so a user's gradient could not be told apart.
+      PrivacyError: The loss is not one number a user, or else as `PerUserGradients.backward`.
     """
     labels = {name: batch[name] for name in _LABELS}
-    with autocast:
-        scores = module(**{name: x for name, x in batch.items() if name not in labels})
-    loss = LOSSES[loss_name](scores.float(), **labels)
-    if loss.shape != (num_users := len(labels["gains"]),):
-        raise PrivacyError(
-            f"train.loss {loss_name}: expected one loss for each of {num_users} users, shape "
-            f"({num_users},), got {tuple(loss.shape)}; sum each user's own"
-        )
-    loss.sum().backward()  # type: ignore[no-untyped-call]
+    scores = module(**{name: x for name, x in batch.items() if name not in labels})
+    loss = LOSSES[loss_name](scores, **labels)
+    module.backward(loss)
     return list(loss.detach().tolist())

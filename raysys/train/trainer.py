@@ -30,6 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysys.config import TrainConfig
 from raysys.ingest.example_set import map_examples
 from raysys.ingest.pipeline import examples_path
+from raysys.model.adapter import activations_cut
 from raysys.model.encoder import cache_folder, load_cached
 from raysys.partitions.layout import staging
 from raysys.storage import Root
@@ -121,7 +122,8 @@ def _worker(config: dict[str, Any]) -> None:
         map_examples(root, examples_path(update_id, shard))
         for shard in range(rank, config["num_shards"], num_workers)
     ]
-    folder = cache_folder(job.model.encoder, job.model.max_tokens)
+    cut = activations_cut(job.model, job.adapted_weights or ())
+    folder = cache_folder(job.model.encoder, job.model.max_tokens, cut)
     activations = load_cached(config["cache"], folder).select(config["texts"])
     num_steps = job.plan.spend.num_steps
 

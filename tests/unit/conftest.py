@@ -37,31 +37,37 @@ def two_workers(
 ) -> list[dict[str, Any]]:
     """What each of two ranks of one group computed: see `tests/two_workers.py`."""
     folder = tmp_path_factory.mktemp("two_workers")
-    return _run_ranks("tests.two_workers", 2, folder, tiny_encoder)
+    command = [sys.executable, "-m", "tests.two_workers"]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(folder), tiny_encoder], env=_environment())
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return _results(folder, 2)
 
 
 @pytest.fixture(scope="session")
 def noisy_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four ranks added to steps of nobody: see `tests/noisy_ranks.py`."""
-    return _run_ranks("tests.noisy_ranks", 4, tmp_path_factory.mktemp("noisy_ranks"))
+    folder = tmp_path_factory.mktemp("noisy_ranks")
+    command = [sys.executable, "-m", "tests.noisy_ranks", str(folder)]
+    subprocess.run(command, env=_environment(), check=True, timeout=120)
+    return _results(folder, 4)
 
 
-def _run_ranks(module: str, num: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _results(folder: Path, num_ranks: int) -> list[dict[str, Any]]:
     import numpy as np
 
-    command = [sys.executable, "-m", module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen([*command, str(rank), str(folder), *arguments], env=environment)
-        for rank in range(num)
-    ]
-    try:
-        assert [worker.wait(120) for worker in workers] == [0] * num
-    finally:
-        for worker in workers:
-            worker.kill()
     results = []
-    for rank in range(num):
+    for rank in range(num_ranks):
         with np.load(folder / f"rank{rank}.npz") as arrays:
             results.append(dict(arrays))
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear, normalize
 
 from raysys.errors import PrivacyError
-from raysys.model.encoder import TextEncoder, TokenActivations, adapted_layer
+from raysys.model.adapter import Adapter
+from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.model.losses import listwise_loss
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import NUM_INPUTS
-from raysys.model.text_tower import TextTower, add_lora
+from raysys.model.text_tower import TextTower
+from raysys.model.tower import build_tower
 from raysys.privacy.clipping import (
     per_user_linear,
     require_per_user_gradients,
@@ -40,9 +43,11 @@ class Ranker:
     def __init__(self, encoder_name: str, *, train_lora_a: bool) -> None:
         encoder = TextEncoder(encoder_name, 8)
         self.activations: TokenActivations = encoder.activations(tiny_shop.distinct_texts())
-        peft_model = add_lora(encoder, tiny_shop.model_config(encoder_name))
-        self.layer = adapted_layer(peft_model.get_base_model())
-        tower = TextTower(peft_model, self.activations, train_lora_a=train_lora_a)
+        config = tiny_shop.model_config(encoder_name, train_lora_a=train_lora_a)
+        adapter = Adapter.fresh(encoder, config, {}, num_steps=1)
+        self.layer: Any = adapter.encoder.model.encoder.layer[-1]
+        tower = build_tower(adapter, self.activations)
+        assert isinstance(tower, TextTower)
         with torch.no_grad():
             tower.lora_b.normal_(0, 0.2, generator=torch.Generator().manual_seed(2))
         self.module = RankerModule(tower, HeadModule(tiny_shop.random_head()))
@@ -53,7 +58,7 @@ class Ranker:
             parameter.grad_sample = None  # type: ignore[attr-defined]
         inputs = {k: v for k, v in batch.items() if k not in LABELS}
         loss = listwise_loss(self.module(**inputs), **{k: batch[k] for k in LABELS})
-        (loss * scale).sum().backward()
+        self.module.backward(loss * scale)
         return {name: p.grad_sample for name, p in self.module.trainable()}  # type: ignore[attr-defined]
 
     def gradients_one_by_one(self, batch: Batch, scale: torch.Tensor) -> Gradients:
@@ -79,14 +84,20 @@ class Ranker:
         head = self.module.head
         hidden = inputs
         for name in ("first", "second"):
-            hidden = torch.relu(head.get_submodule(name)(hidden))
-        return (head.get_submodule("last")(hidden) + head.get_submodule("skip")(inputs))[..., 0]
+            hidden = torch.relu(_ordinary(head, name, hidden))
+        return (_ordinary(head, "last", hidden) + _ordinary(head, "skip", inputs))[..., 0]
 
     def _text(self) -> torch.Tensor:
         hidden = torch.from_numpy(self.activations.hidden).float()
         mask = torch.arange(hidden.shape[1]) < torch.from_numpy(self.activations.lengths)[:, None]
         out = self.layer.output(self.layer.intermediate(hidden), hidden)
         return normalize((out * mask[..., None]).sum(1), dim=-1)
+
+
+def _ordinary(head: HeadModule, name: str, x: torch.Tensor) -> torch.Tensor:
+    layer = head.get_submodule(name)
+    assert isinstance(layer, torch.nn.Linear)
+    return linear(x, layer.weight, layer.bias)
 
 
 def make_batch(num_texts: int, *, seed: int = 0) -> Batch:

@@ -32,6 +32,17 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
     assert config.ingest.gains == {"click": 2.0}
 
 
+def test_what_an_update_adapts_arrives(tmp_path: Path) -> None:
+    default = parse().model
+    assert (default.adapter, default.target_modules) == ("lora", ("output.dense",))
+    assert (default.num_adapted_layers, default.initial_rank) == (1, default.lora_rank)
+    extra = "model: {adapter: adalora, target_modules: [query, value], num_adapted_layers: 2}\n"
+    model = load_config(write_config(tmp_path, "s3://bucket/shop", extra)).model
+    assert (model.adapter, model.target_modules) == ("adalora", ("query", "value"))
+    assert (model.num_adapted_layers, model.initial_rank) == (2, 6)
+    assert parse(model={"adapter": "adalora", "adalora_initial_rank": 9}).model.initial_rank == 9
+
+
 def test_the_key_file_lies_relative_to_the_config_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +136,32 @@ def test_a_config_cannot_be_changed() -> None:
             {"ingest": {"gains": {"view": 1}}},
             "ingest.gains: expected positive gains for click, cart, purchase, got {'view': 1.0}",
             id="unknown-gain",
+        ),
+        pytest.param(
+            {"model": {"target_modules": "query"}},
+            "model.target_modules: expected a list, got 'query'",
+            id="text-for-list",
+        ),
+        pytest.param(
+            {"model": {"target_modules": ["query", 3]}},
+            "model.target_modules[1]: expected text, got 3",
+            id="number-in-a-list-of-texts",
+        ),
+        pytest.param(
+            {"model": {"target_modules": []}},
+            "model.target_modules: expected at least one name, each once (model.adapter: none "
+            "adapts nothing), got []",
+            id="empty-list",
+        ),
+        pytest.param(
+            {"model": {"adapter": "dora"}},
+            "model.adapter: expected 'lora' or 'adalora' or 'none', got 'dora'",
+            id="unknown-adapter",
+        ),
+        pytest.param(
+            {"model": {"lora_rank": 4, "adalora_initial_rank": 3}},
+            "model.adalora_initial_rank: expected 0, or at least model.lora_rank, 4, got 3",
+            id="rank-that-would-grow",
         ),
         pytest.param(
             {"root": "/tmp/shop"},

@@ -18,7 +18,6 @@ from raysys.model.encoder import (
     BUNDLED_SHA256,
     TextEncoder,
     TokenActivations,
-    adapted_module_name,
     cache_folder,
     cached_texts,
     load_cached,
@@ -27,6 +26,7 @@ from raysys.model.encoder import (
     store_cached,
     weights_sha256,
 )
+from raysys.model.targets import DEFAULT_CUT, Cut
 from raysys.storage import Root
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w3 w1", "w1 w3", "w7 w8 w9 w10 w11 w12 w13 w14 w15", ""]
@@ -109,7 +109,7 @@ def test_activations_survive_bytes_and_parts_of_different_lengths_join(
 def test_the_cache_returns_what_it_was_given_and_a_repeated_write_adds_nothing(
     encoder: TextEncoder, tiny_encoder: str, local_root: Root
 ) -> None:
-    folder = cache_folder(tiny_encoder, 8)
+    folder = cache_folder(tiny_encoder, 8, DEFAULT_CUT)
     assert cached_texts(local_root, folder) == set()
     for texts in (TEXTS[:3], TEXTS[3:], TEXTS[2::-1]):
         store_cached(local_root, folder, encoder.activations(texts))
@@ -122,13 +122,20 @@ def test_the_cache_returns_what_it_was_given_and_a_repeated_write_adds_nothing(
 
 
 def test_the_cache_is_named_by_weights_and_tokens(tiny_encoder: str) -> None:
-    names = {cache_folder(tiny_encoder, 8), cache_folder(tiny_encoder, 9), cache_folder(BUNDLED, 8)}
-    assert len(names) == 3
+    upper = Cut(num_layers=2, keeps_attention=False)
+    settings = [(tiny_encoder, 8), (tiny_encoder, 9), (BUNDLED, 8)]
+    names = {cache_folder(*each, cut) for each in settings for cut in (DEFAULT_CUT, upper)}
+    assert len(names) == 6
+    digest = weights_sha256(Path(tiny_encoder))[:16]
+    assert {f"cache/activations/{digest}-8", f"cache/activations/{digest}-8-top2"} < names
 
 
 def test_another_output_projection_changes_the_embedding(encoder: TextEncoder) -> None:
     own = encoder.model.encoder.layer[-1].output.dense.weight.detach().numpy()
-    same, other = (encoder.embed(TEXTS, weight) for weight in (own.copy(), own * 0.5))
+    same, other = (
+        encoder.with_weights({"encoder.layer.1.output.dense": weight}).embed(TEXTS)
+        for weight in (own.copy(), own * 0.5)
+    )
     assert np.array_equal(same, encoder.embed(TEXTS))
     assert abs(other - same).max() > 0.05
 
@@ -137,7 +144,7 @@ def test_the_bundled_encoder_is_the_published_one() -> None:
     assert weights_sha256(resolve_encoder(BUNDLED)) == BUNDLED_SHA256
     encoder = TextEncoder(BUNDLED, 16)
     assert encoder.width == 384
-    assert adapted_module_name(encoder.model) == "encoder.layer.5.output.dense"
+    assert encoder.layout.depth == 6
     texts = ["whole milk, dairy", "skimmed milk", "cat litter"]
     found = encoder.embed(texts)
     np.testing.assert_allclose(found, whole_model(encoder, texts), atol=TOLERANCE)

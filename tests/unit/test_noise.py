@@ -20,14 +20,18 @@ from raysys.privacy.accounting import epsilon
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.loop import train_on_shards
 from tests import tiny_shop
+from tests.broken_engines import (
+    DropsEmptySteps,
+    HalfAPercentLess,
+    NotTimesClip,
+    with_fault,
+)
 from tests.noisy_ranks import (
     NOISE_STD,
     NUM_COORDINATES,
     NUM_STEPS,
     NUM_USERS,
     WORLD_SIZES,
-    DropsEmptySteps,
-    NotTimesClip,
     empty_step,
     plan,
 )
@@ -69,16 +73,12 @@ def test_noise_is_noise_multiplier_times_clip_norm(world: None) -> None:
 def test_noise_that_forgets_the_clip_norm_is_noticed(
     world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "DistributedDPOptimizer", NotTimesClip)
+    monkeypatch.setattr(PrivacyPlan, "optimizer", with_fault(NotTimesClip))
     assert million_coordinates() == pytest.approx(1 / 3, abs=0.0023)
 
 
 def test_noise_half_a_percent_off_is_noticed(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Quieter(engine.DistributedDPOptimizer):
-        def __init__(self, *args: Any, noise_multiplier: float, **kwargs: Any) -> None:
-            super().__init__(*args, noise_multiplier=0.995 * noise_multiplier, **kwargs)
-
-    monkeypatch.setattr(engine, "DistributedDPOptimizer", Quieter)
+    monkeypatch.setattr(PrivacyPlan, "optimizer", with_fault(HalfAPercentLess))
     assert million_coordinates() < 0.9977
 
 
@@ -96,7 +96,7 @@ class TestWorkers:
 
     def test_only_one_of_them_adds_any(self, noisy_ranks: Ranks, world_size: int) -> None:
         own = [rank[f"own_{world_size}"] for rank in noisy_ranks[:world_size]]
-        assert own[0].all() and not any(values.any() for values in own[1:])
+        assert (own[0] != 0).mean() > 0.99 and not any(values.any() for values in own[1:])
         broken = [rank[f"broken_own_{world_size}"] for rank in noisy_ranks[:world_size]]
         assert all(values.any() for values in broken)
 

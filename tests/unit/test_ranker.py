@@ -15,10 +15,12 @@ from raysys.ingest.features import (
     UserHistory,
     features,
 )
+from raysys.model.adapter import Adapter
 from raysys.model.encoder import TextEncoder
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import NUM_INPUTS, Head, head_inputs, pool_history
-from raysys.model.text_tower import TextTower, add_lora
+from raysys.model.text_tower import TextTower
+from raysys.model.tower import build_tower
 from tests import tiny_shop
 
 SHAPE = (3, 2, 6)
@@ -28,8 +30,9 @@ SHAPE = (3, 2, 6)
 def tower(tiny_encoder: str) -> TextTower:
     encoder = TextEncoder(tiny_encoder, 8)
     activations = encoder.activations(tiny_shop.distinct_texts())
-    peft_model = add_lora(encoder, tiny_shop.model_config(tiny_encoder))
-    tower = TextTower(peft_model, activations, train_lora_a=False)
+    adapter = Adapter.fresh(encoder, tiny_shop.model_config(tiny_encoder), {}, num_steps=1)
+    tower = build_tower(adapter, activations)
+    assert isinstance(tower, TextTower)
     torch.nn.init.normal_(tower.lora_b, std=0.2)
     return tower
 

@@ -36,6 +36,7 @@ from tests import tiny_shop
 from tests.helpers import committed
 
 VERSION, UPDATE = "v0001-aaaaaa", "u0001-aaaaaa"
+ADAPTED = "encoder.layer.1.output.dense"
 NOW = tiny_shop.WINDOW_START + 2 * 86_400.0
 FILES = (
     "manifest.json", "head.safetensors", "encoder.safetensors", "texts.parquet", "golden.json",
@@ -54,9 +55,9 @@ def weights(tiny_encoder: str) -> VersionWeights:
     matrix = np.random.default_rng(1).normal(size=(16, 32)).astype(np.float32)
     return VersionWeights(
         head=tiny_shop.random_head(),
-        adapted_weight=matrix,
+        adapted_weights={ADAPTED: matrix},
         texts=texts,
-        text=TextEncoder(tiny_encoder, 8).embed(texts, matrix),
+        text=TextEncoder(tiny_encoder, 8).with_weights({ADAPTED: matrix}).embed(texts),
     )
 
 
@@ -69,7 +70,7 @@ def manifest(encoder: str, **changes: object) -> Manifest:
     values = {
         "version": VERSION, "update_id": UPDATE, "base_version": None, "encoder": encoder,
         "encoder_sha256": weights_sha256(Path(encoder)), "max_tokens": 8, "lora_rank": 4,
-        "adapted_module": "encoder.layer.1.output.dense", "alpha": 1.0, "state": UPDATE,
+        "adapter": "lora", "adapted_modules": (ADAPTED,), "alpha": 1.0, "state": UPDATE,
     }  # fmt: skip
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -143,7 +144,7 @@ def test_a_loaded_version_scores_as_the_weights_that_were_published(
     assert version.name == VERSION
     candidates = np.array([3, 0, 39, 17, 8], np.int32)
     known = history_slices(histories, tiny_shop.item_states()[-1].as_of)
-    query = TextEncoder(tiny_encoder, 8).embed(["w3 w4"], weights.adapted_weight)[0]
+    query = TextEncoder(tiny_encoder, 8).with_weights(weights.adapted_weights).embed(["w3 w4"])[0]
     assert len(known) == 20
     for user in [*known, "nobody"]:
         history = known.get(user, UserHistory.empty())
@@ -180,7 +181,8 @@ def test_the_next_update_starts_from_the_published_weights(
 ) -> None:
     found_manifest, found = load_weights(local_root, publish_version())
     assert found_manifest.version == VERSION and found.texts == weights.texts
-    assert np.array_equal(found.adapted_weight, weights.adapted_weight)
+    assert found.adapted_weights.keys() == {ADAPTED}
+    assert np.array_equal(found.adapted_weights[ADAPTED], weights.adapted_weights[ADAPTED])
     assert np.array_equal(found.text, weights.text) and found.text.dtype == np.float32
     assert found.head.weights.keys() == weights.head.weights.keys()
     for name, value in weights.head.weights.items():
@@ -244,8 +246,8 @@ def test_another_encoder_than_the_version_was_trained_on_is_refused(
             lambda data: data.replace(b'"alpha"', b'"beta"'), "cannot be read", id="other keys"
         ),
         pytest.param(
-            lambda data: data.replace(b'"schema_version": 1', b'"schema_version": 2'),
-            "schema_version 2, this raysys reads up to 1: upgrade",
+            lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 3'),
+            "schema_version 3, this raysys reads up to 2: upgrade",
             id="of a newer raysys",
         ),
     ],
@@ -295,7 +297,7 @@ def test_the_golden_requests_catch_an_encoder_that_embeds_queries_otherwise(
 ) -> None:
     record = rewritten(
         local_root, publish_version(), "encoder.safetensors",
-        lambda data: save({"weight": -load(data)["weight"]}),
+        lambda data: save({ADAPTED: -load(data)[ADAPTED]}),
     )  # fmt: skip
     with pytest.raises(ArtifactError, match="golden request"):
         load_version(local_root, record).check_golden()

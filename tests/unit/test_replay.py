@@ -53,7 +53,8 @@ class TestWeights:
     @pytest.fixture
     def weights(self, monkeypatch: pytest.MonkeyPatch) -> VersionWeights:
         held = VersionWeights(
-            head=Head.decayed_frequency(8), adapted_weight=np.ones((2, 3), np.float32),
+            head=Head.decayed_frequency(8),
+            adapted_weights={"encoder": np.ones((2, 3), np.float32)},
             texts=[], text=np.zeros((0, 2), np.float32),
         )  # fmt: skip
         monkeypatch.setattr(replay, "load_weights", lambda root, commit: (None, held))
@@ -61,17 +62,19 @@ class TestWeights:
 
     def trained(self, weights: VersionWeights) -> Any:
         head = Head(weights={name: value.copy() for name, value in weights.head.weights.items()})
-        return SimpleNamespace(head=head, merged_weight=weights.adapted_weight.copy())
+        return SimpleNamespace(
+            head=head, adapted_weights={"encoder": weights.adapted_weights["encoder"].copy()}
+        )
 
     def test_the_same_pass(self, weights: VersionWeights, local_root: Root) -> None:
         again = self.trained(weights)
-        assert again.merged_weight is not weights.adapted_weight
+        assert again.adapted_weights["encoder"] is not weights.adapted_weights["encoder"]
         replay._compare_weights(local_root, COMMIT, again)
 
     def test_one_bit_of_any_is_named(self, weights: VersionWeights, local_root: Root) -> None:
         for name in (*weights.head.weights, "encoder"):
             again = self.trained(weights)
-            value = again.merged_weight if name == "encoder" else again.head.weights[name]
+            value = again.adapted_weights[name] if name == "encoder" else again.head.weights[name]
             value.flat[0] = np.nextafter(value.flat[0], np.float32(9))
             with pytest.raises(ReplayMismatchError, match=f"weight {name} of"):
                 replay._compare_weights(local_root, COMMIT, again)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from raysys.privacy.sampling import PoissonSampler
 from tests import tiny_shop
+from tests.broken_engines import FixedSize
 
 NUM_USERS, PROB = 10_000, 0.0256
 MEAN, STD = 256.0, 15.8
@@ -48,15 +49,6 @@ def masks(sampler: PoissonSampler) -> NDArray[np.float32]:
 def test_batch_sizes_have_the_mean_and_spread_of_poisson_sampling() -> None:
     sampler = poisson(num_users=NUM_USERS, num_steps=2000, sampling_prob=PROB)
     assert looks_poisson(batch_sizes(sampler))
-
-
-class FixedSize(PoissonSampler):
-    """A broken sampler: batches of the expected size, drawn without replacement."""
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        size = round(self.num_users * self.sampling_prob)
-        for _ in range(self.num_steps):
-            yield np.sort(self.rng.choice(self.num_users, size, replace=False))
 
 
 def test_batches_of_a_fixed_size_do_not_pass_for_poisson_sampling() -> None:

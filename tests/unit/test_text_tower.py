@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch.nn.functional import normalize
 
+from raysys.model.adapter import Adapter
 from raysys.model.encoder import (
     BUNDLED,
     TextEncoder,
@@ -20,8 +21,8 @@ from raysys.model.encoder import (
     load_encoder,
     resolve_encoder,
 )
-from raysys.model.merge import merge_lora
-from raysys.model.text_tower import TextTower, add_lora, lora_layer
+from raysys.model.text_tower import TextTower
+from raysys.model.tower import build_tower
 from tests import tiny_shop
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w3 w1", "w7 w8 w9 w10 w11 w12", "w2 w2"]
@@ -33,32 +34,29 @@ TOLERANCE = 5e-3
 class Adapted:
     """An encoder with a delta that was trained, and the tower of the same weights."""
 
-    name: str
     encoder: TextEncoder
     activations: TokenActivations
+    adapter: Adapter
     peft_model: PeftModel
     tower: TextTower
-
-    @property
-    def merged_weight(self) -> NDArray[np.float32]:
-        base = lora_layer(self.peft_model).base_layer.weight
-        tower = self.tower
-        return merge_lora(base, tower.lora_a, tower.lora_b, tower.scaling)
 
 
 def adapt(name: str, *, train_lora_a: bool = False, moved: bool = True) -> Adapted:
     encoder = TextEncoder(name, 8)
     activations = encoder.activations(TEXTS).select(TEXTS)
     torch.manual_seed(4)
-    peft_model = add_lora(encoder, tiny_shop.model_config(name, lora_rank=3))
-    layer = lora_layer(peft_model)
+    config = tiny_shop.model_config(name, lora_rank=3, train_lora_a=train_lora_a)
+    adapter = Adapter.fresh(encoder, config, {}, num_steps=1)
+    ((_, layer),) = adapter.layers()
     if moved:
         size = layer.base_layer.weight.norm() / layer.lora_A["default"].weight.detach().norm()
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1 * float(size))
-    tower = TextTower(peft_model, activations, train_lora_a=train_lora_a)
+    tower = build_tower(adapter, activations)
+    assert isinstance(tower, TextTower) and adapter.peft_model is not None
     return Adapted(
-        name=name, encoder=encoder, activations=activations, peft_model=peft_model, tower=tower
-    )
+        encoder=encoder, activations=activations, adapter=adapter,
+        peft_model=adapter.peft_model, tower=tower,
+    )  # fmt: skip
 
 
 @pytest.fixture(params=["tiny", "bundled"])
@@ -107,8 +105,8 @@ def test_both_ways_to_compute_give_the_same_embedding(tiny_encoder: str) -> None
 
 def test_a_merged_matrix_in_the_shared_encoder_is_the_merged_peft_model(name: str) -> None:
     adapted = adapt(name)
-    merged = adapted.merged_weight
-    in_shared_encoder = TextEncoder(name, 8).embed(TEXTS, merged)
+    merged = adapted.adapter.weights()
+    in_shared_encoder = TextEncoder(name, 8).with_weights(merged).embed(TEXTS)
     np.testing.assert_allclose(in_shared_encoder, adapted.tower.embed_all().numpy(), atol=TOLERANCE)
 
     unloaded = adapted.peft_model.merge_and_unload()
@@ -147,7 +145,7 @@ def test_nothing_but_lora_is_trainable(
 def test_padding_of_longer_texts_beside_it_does_not_change_a_text(tiny_encoder: str) -> None:
     adapted = adapt(tiny_encoder)
     alone = adapted.activations.select(["w9"])
-    tower = TextTower(adapted.peft_model, alone, train_lora_a=False)
+    tower = build_tower(adapted.adapter, alone)
     torch.testing.assert_close(
         tower.embed_all()[0], adapted.tower.embed_all()[1], rtol=0, atol=1e-5
     )

@@ -29,6 +29,7 @@ from raysys.train import step as one_step
 from raysys.train.loop import Trained, train_on_shards
 from tests import tiny_shop
 
+ADAPTED = "encoder.layer.1.output.dense"
 NOT_PRIVATE = tiny_shop.plan(enabled=False, num_steps=30, sampling_prob=0.5)
 
 Train = Callable[..., Trained]
@@ -110,7 +111,7 @@ def test_a_private_run_moves_every_weight_and_no_two_runs_are_alike(train: Train
         assert np.isfinite(value).all()
         assert not np.array_equal(value, start.weights[name])
         assert not np.array_equal(value, second.head.weights[name])
-    assert not np.array_equal(first.merged_weight, second.merged_weight)
+    assert not np.array_equal(first.adapted_weights[ADAPTED], second.adapted_weights[ADAPTED])
     assert not np.array_equal(first.text_before, first.text_after)
 
 
@@ -123,6 +124,7 @@ def test_lora_starts_from_the_a_of_the_updates_seed_and_only_b_moves(train: Trai
 
 
 def _lora(trained: Trained, which: str) -> torch.Tensor:
+    assert trained.peft_model is not None
     weights = dict(trained.peft_model.named_parameters())
     (found,) = (value.detach() for name, value in weights.items() if which in name)
     return found
@@ -147,7 +149,7 @@ def test_the_new_version_is_the_previous_one_plus_alpha_times_what_was_learned(
     monkeypatch.setattr(loop, "_run_steps", spy)
     previous_weight = np.random.default_rng(3).normal(size=(16, 32)).astype(np.float32)
     trained = train(
-        past(), head=tiny_shop.random_head(), adapted_weight=previous_weight,
+        past(), head=tiny_shop.random_head(), adapted_weights={ADAPTED: previous_weight},
         train={"alpha": alpha}, model={"train_lora_a": train_lora_a},
     )  # fmt: skip
     for name, old in tiny_shop.random_head().weights.items():
@@ -157,7 +159,7 @@ def test_the_new_version_is_the_previous_one_plus_alpha_times_what_was_learned(
 
     assert abs(learned["delta"]).max() > 1e-3
     expected = previous_weight + alpha * learned["delta"].numpy()
-    np.testing.assert_allclose(trained.merged_weight, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(trained.adapted_weights[ADAPTED], expected, rtol=0, atol=1e-6)
 
 
 def test_the_delta_and_the_merged_matrix_and_the_embeddings_are_one_version(
@@ -165,25 +167,30 @@ def test_the_delta_and_the_merged_matrix_and_the_embeddings_are_one_version(
 ) -> None:
     """From the second version on, the delta belongs on the previous version's matrix."""
     previous = np.random.default_rng(3).normal(size=(16, 32)).astype(np.float32)
-    trained = train(past(), adapted_weight=previous, learning_rate=0.1, train={"alpha": 0.5})
+    trained = train(
+        past(), adapted_weights={ADAPTED: previous}, learning_rate=0.1, train={"alpha": 0.5}
+    )
     texts = tiny_shop.distinct_texts()
     encoder = TextEncoder(tiny_encoder, 8)
-    np.testing.assert_allclose(trained.text_before, encoder.embed(texts, previous), atol=1e-5)
     np.testing.assert_allclose(
-        trained.text_after, encoder.embed(texts, trained.merged_weight), atol=1e-5
+        trained.text_before, encoder.with_weights({ADAPTED: previous}).embed(texts), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        trained.text_after, encoder.with_weights(trained.adapted_weights).embed(texts), atol=1e-5
     )
 
+    assert trained.peft_model is not None
     trained.peft_model.save_pretrained(str(tmp_path))
     base = load_encoder(Path(tiny_encoder))
     base.encoder.layer[-1].output.dense.weight.data = torch.from_numpy(previous)
     PeftModel.from_pretrained(base, str(tmp_path)).merge_and_unload()
     merged = base.encoder.layer[-1].output.dense.weight
-    np.testing.assert_allclose(merged.detach().numpy(), trained.merged_weight, atol=1e-5)
+    np.testing.assert_allclose(merged.detach().numpy(), trained.adapted_weights[ADAPTED], atol=1e-5)
 
 
 def test_the_run_leaves_the_previous_versions_arrays_alone(train: Train) -> None:
     head, weight = tiny_shop.random_head(), np.ones((16, 32), np.float32)
-    train(past(), head=head, adapted_weight=weight)
+    train(past(), head=head, adapted_weights={ADAPTED: weight})
     assert (weight == 1).all()
     for name, value in tiny_shop.random_head().weights.items():
         assert np.array_equal(head.weights[name], value)
@@ -213,7 +220,9 @@ def test_microbatches_change_nothing(
         assert abs(value - tiny_shop.random_head().weights[name]).max() > 1e-3
         for other in (many, every):
             np.testing.assert_allclose(other.head.weights[name], value, atol=2e-5)
-    np.testing.assert_allclose(many.merged_weight, one.merged_weight, atol=2e-5)
+    np.testing.assert_allclose(
+        many.adapted_weights[ADAPTED], one.adapted_weights[ADAPTED], atol=2e-5
+    )
 
 
 def test_a_private_run_of_no_users_is_all_noise_and_takes_all_its_steps(
@@ -223,7 +232,7 @@ def test_a_private_run_of_no_users_is_all_noise_and_takes_all_its_steps(
     trained = train_on_shards(job, [], activations, num_workers=1, on_step=steps.append)
     assert steps == [1, 2, 3, 4, 5]
     assert trained.num_users == 0 and np.isnan(trained.mean_loss)
-    assert np.isfinite(trained.merged_weight).all()
+    assert np.isfinite(trained.adapted_weights[ADAPTED]).all()
 
 
 @pytest.mark.parametrize("name", ["both", "one"], ids=["both have users", "one has no users"])
@@ -279,7 +288,7 @@ def test_a_weight_beside_the_engine_stops_the_first_step(
         return torch.nn.functional.linear(x, weight, bias)
 
     monkeypatch.setattr("raysys.model.ranker.per_user_linear", ordinary)
-    with pytest.raises(PrivacyError, match="expected per-user gradients"):
+    with pytest.raises(PrivacyError, match="has a gradient that no clip bounds"):
         train(past())
 
 
@@ -359,12 +368,14 @@ def test_what_rank_0_writes_is_what_the_driver_reads(
     trained = train(past())
     output.write_output(tmp_path, trained, encoder="as-configured")
     read = output.read_output(tmp_path)
-    for name in ("merged_weight", "text_before", "text_after"):
+    for name in ("text_before", "text_after"):
         assert np.array_equal(getattr(read, name), getattr(trained, name))
     assert read.head.weights.keys() == trained.head.weights.keys()
     for name, value in trained.head.weights.items():
         assert np.array_equal(read.head.weights[name], value)
-    assert read.adapted_module == "encoder.layer.1.output.dense"
+    assert read.adapted_modules == (ADAPTED,)
+    assert read.adapted_weights.keys() == trained.adapted_weights.keys() == {ADAPTED}
+    assert np.array_equal(read.adapted_weights[ADAPTED], trained.adapted_weights[ADAPTED])
     assert sorted(read.adapter) == ["adapter_config.json", "adapter_model.safetensors"]
     written = read.adapter["adapter_config.json"].decode()
     assert "as-configured" in written and tiny_encoder not in written
@@ -378,8 +389,46 @@ def test_nothing_that_depends_on_single_users_but_the_weights_leaves_the_worker(
     files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
     assert files == [
         "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-        "arrays.safetensors", "head.safetensors", "output.json",
+        "arrays.safetensors", "encoder.safetensors", "head.safetensors", "output.json",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "output.json").read_text()).keys() == {"adapted_module"}
+    assert json.loads((tmp_path / "output.json").read_text()).keys() == {"adapted_modules"}
     names = {field.name for field in dataclasses.fields(output.TrainOutput)}
     assert not names & {"num_users", "mean_loss"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda loss: loss.mean(),
+        lambda loss: loss[:, None],
+        lambda loss: loss[:, None].expand(-1, 3),
+        lambda loss: loss[:1],
+    ],
+    ids=["a scalar", "(U, 1)", "by candidate", "of another number of users"],
+)
+def test_a_loss_that_is_not_one_number_a_user_stops_before_the_first_step(
+    tiny_encoder: str,
+    activations: TokenActivations,
+    world: None,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    loss, steps = one_step.LOSSES["listwise"], list[int]()
+    step = torch.optim.AdamW.step
+    stepped: list[str] = []
+
+    def spy(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        stepped.append("stepped")
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    job = tiny_shop.train_job(tiny_encoder)
+    arguments: dict[str, Any] = {"num_workers": 1, "on_step": steps.append}
+    train_on_shards(job, [past()], activations, **arguments)
+    assert len(stepped) == len(steps) == 5
+    monkeypatch.setattr(
+        one_step, "LOSSES", {"listwise": lambda *args, **labels: wrong(loss(*args, **labels))}
+    )
+    with pytest.raises(PrivacyError, match="one number a user"):
+        train_on_shards(job, [past()], activations, **arguments)
+    assert len(stepped) == len(steps) == 5

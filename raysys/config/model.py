@@ -49,10 +49,10 @@ class ModelConfig:
             "at least one name, each once (model.adapter: none adapts nothing)",
         )
         require(
-            initial == 0 or initial >= self.lora_rank,
+            initial == 0 or initial > self.lora_rank,
             "model.adalora_initial_rank",
             initial,
-            f"0, or at least model.lora_rank, {self.lora_rank}",
+            f"0, or more than model.lora_rank, {self.lora_rank}",
         )
         require(2 <= self.max_tokens <= 512, "model.max_tokens", self.max_tokens, "2 to 512")
 

@@ -133,5 +133,10 @@ def _peft_config(config: ModelConfig, modules: tuple[str, ...], num_steps: int) 
     if config.adapter == "lora":
         return LoraConfig(r=config.lora_rank, **common)
     return AdaLoraConfig(
-        init_r=config.initial_rank, target_r=config.lora_rank, total_step=num_steps, **common
+        init_r=config.initial_rank,
+        target_r=config.lora_rank,
+        tinit=num_steps // 10,
+        tfinal=num_steps // 4,
+        total_step=num_steps,
+        **common,
     )

@@ -30,12 +30,19 @@ class Checkpoint:
     num_steps: int
     """Used up by then, lost ones included. It places the run on the learning rate's schedule."""
     tensors: Mapping[str, torch.Tensor]
-    """`weights/<name>` and, for each of them, `optimizer/<name>/<moment>`. On the CPU."""
+    """`weights/<name>` and, for each of them, `optimizer/<name>/<moment>`; `ranks/<name>` with
+    AdaLoRA. On the CPU."""
 
     @classmethod
-    def of(cls, num_steps: int, parameters: Named, adam: torch.optim.Optimizer) -> Checkpoint:
-        """Copies the parameters and their moments."""
-        tensors = {}
+    def of(
+        cls,
+        num_steps: int,
+        parameters: Named,
+        adam: torch.optim.Optimizer,
+        ranks: Mapping[str, torch.Tensor],
+    ) -> Checkpoint:
+        """Copies the parameters and their moments, and holds `Ranks.state()`."""
+        tensors = {f"ranks/{name}": value for name, value in ranks.items()}
         for name, parameter in parameters:
             tensors[f"weights/{name}"] = parameter.detach().cpu().clone()
             for moment, value in adam.state.get(parameter, {}).items():
@@ -58,6 +65,14 @@ class Checkpoint:
                 key: value.to(parameter.device) if value.ndim else value
                 for key, value in moments.items()
             }
+
+    def ranks(self) -> dict[str, torch.Tensor]:
+        """Returns what `Ranks.restore` takes."""
+        return {
+            key.removeprefix("ranks/"): value
+            for key, value in self.tensors.items()
+            if key.startswith("ranks/")
+        }
 
 
 class Checkpoints:

@@ -59,18 +59,21 @@ def require_moved(
     trainable: Iterable[tuple[str, torch.nn.Parameter]],
     before: Iterable[torch.Tensor],
     adam: torch.optim.Optimizer,
+    emptied: Iterable[torch.Tensor] = (),
 ) -> None:
     """Checks that training moved the weights that it should have moved.
 
     What nothing ever pulled at may stay as it was. Noise pulls at everything; without it LoRA has
-    no gradient where no user has a history yet.
+    no gradient where no user has a history yet. What AdaLoRA has taken all rank from is back where
+    it began: `emptied`.
 
     Raises:
       HealthError: A weight that was pulled at did not move or is not finite, or none moved.
     """
-    moved = {}
+    moved, zeroed = {}, {id(parameter) for parameter in emptied}
     for (name, parameter), old in zip(trainable, before, strict=True):
         pulled = adam.state[parameter]["exp_avg_sq"].any() if parameter in adam.state else True
+        pulled = pulled and id(parameter) not in zeroed
         moved[name] = not torch.equal(parameter, old)
         if not torch.isfinite(parameter).all() or (pulled and not moved[name]):
             raise HealthError(

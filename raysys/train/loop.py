@@ -23,6 +23,7 @@ from raysys.model.adapter import Adapter
 from raysys.model.encoder import TextEncoder, TokenActivations
 from raysys.model.merge import interpolate
 from raysys.model.ranker import HeadModule, RankerModule
+from raysys.model.ranks import Ranks
 from raysys.model.scorer import Head
 from raysys.model.tower import build_tower
 from raysys.privacy.plan import PrivacyPlan
@@ -148,7 +149,7 @@ def train_on_shards(
     )
     frozen = frozen_digests([adapter.encoder.model, module])
     losses = _run_steps(
-        job, module, batches, num_workers=num_workers, on_step=on_step,
+        job, module, batches, Ranks.of(adapter), num_workers=num_workers, on_step=on_step,
         next_steps=next_steps or _all_at_once(job), checkpoints=checkpoints, device=device,
         probe=probe,
     )  # fmt: skip
@@ -173,6 +174,7 @@ def _run_steps(
     job: TrainJob,
     module: RankerModule,
     batches: Batches,
+    ranks: Ranks,
     *,
     num_workers: int,
     on_step: Callable[[int], None],
@@ -186,14 +188,16 @@ def _run_steps(
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     stepper = Stepper(
         module, batches, adam, train=job.train, plan=job.plan, learning_rate=job.learning_rate,
-        seed=job.seed, num_workers=num_workers, probe=probe,
+        seed=job.seed, num_workers=num_workers, ranks=ranks, probe=probe,
     )  # fmt: skip
     is_first = torch.distributed.get_rank() == 0
     done = 0
     if checkpoints is not None:
         (done,) = _from_rank_0([checkpoints.latest() if is_first else 0], device)
         if done:
-            checkpoints.load(done).restore(module.trainable(), adam)
+            checkpoint = checkpoints.load(done)
+            checkpoint.restore(module.trainable(), adam)
+            ranks.restore(checkpoint.ranks())
     while True:
         block = next_steps(done) if is_first else range(0)
         start, stop = _from_rank_0([block.start, block.stop], device)
@@ -204,14 +208,14 @@ def _run_steps(
             on_step(step + 1)
         done = stop
         if checkpoints is not None and is_first:
-            checkpoints.save(Checkpoint.of(done, module.trainable(), adam))
+            checkpoints.save(Checkpoint.of(done, module.trainable(), adam, ranks.state()))
     if done == 0:
         raise WorkersLostError(
             f"train workers died before the first checkpoint and {job.plan.spend.num_steps} steps "
             "are used up, so nothing was learned; submit again with a smaller "
             f"train.checkpoint_steps (now {job.train.checkpoint_steps})"
         )
-    require_moved(module.trainable(), before, adam)
+    require_moved(module.trainable(), before, adam, emptied=ranks.emptied())
     return stepper.losses
 
 

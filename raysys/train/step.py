@@ -21,6 +21,7 @@ from opacus.optimizers import DPOptimizer
 from raysys.config import TrainConfig
 from raysys.model.losses import LOSSES
 from raysys.model.ranker import RankerModule
+from raysys.model.ranks import Ranks
 from raysys.privacy.clipping import set_empty_gradients
 from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
@@ -54,15 +55,19 @@ class Stepper:
         learning_rate: float,
         seed: int,
         num_workers: int,
+        ranks: Ranks,
         probe: Probe | None = None,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
         self._learning_rate, self._seed = learning_rate, seed
+        self._ranks = ranks
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
+        ranks.attach(self._optimizer)
         self._probe = probe
         if probe is not None:
-            self._optimizer.attach_step_hook(probe.after_noise)
+            hooks = [probe.after_noise, self._optimizer.step_hook]  # Opacus keeps only one
+            self._optimizer.attach_step_hook(lambda made: [hook(made) for hook in hooks if hook])
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
 
@@ -81,6 +86,7 @@ class Stepper:
             # Opacus clips and sums every part, and adds noise and steps with the last one only.
             self._optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
             self._optimizer.step()
+        self._ranks.after_step(self._optimizer, step + 1)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _set_gradients(self, batch: dict[str, torch.Tensor] | None) -> None:

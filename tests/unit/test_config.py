@@ -160,7 +160,7 @@ def test_a_config_cannot_be_changed() -> None:
         ),
         pytest.param(
             {"model": {"lora_rank": 4, "adalora_initial_rank": 3}},
-            "model.adalora_initial_rank: expected 0, or at least model.lora_rank, 4, got 3",
+            "model.adalora_initial_rank: expected 0, or more than model.lora_rank, 4, got 3",
             id="rank-that-would-grow",
         ),
         pytest.param(

@@ -168,7 +168,7 @@ def test_weights_and_moments_go_on_from_the_checkpoint(
     def spy(self: Stepper, step: int) -> None:
         if step == 6:
             named = self._module.trainable()
-            seen.append(dict(Checkpoint.of(6, named, self._adam).tensors))
+            seen.append(dict(Checkpoint.of(6, named, self._adam, {}).tensors))
         run(self, step)
 
     monkeypatch.setattr(Stepper, "run", spy)

@@ -26,6 +26,7 @@ from raysys.ingest.items import read_items
 from raysys.ingest.sample import max_candidates
 from raysys.ingest.stats import item_texts
 from raysys.ledger.records import FileRef
+from raysys.model.adapter import activations_cut
 from raysys.model.encoder import TextEncoder
 from raysys.model.scorer import Head
 from raysys.partitions.layout import ITEMS
@@ -169,7 +170,8 @@ def _num_others(config: Config) -> int:
 
 
 def _train(config: Config, plan: PrivacyPlan, texts: list[str], canaries: Canaries) -> None:
-    activations = TextEncoder(config.model.encoder, config.model.max_tokens).activations(texts)
+    encoder = TextEncoder(config.model.encoder, config.model.max_tokens)
+    activations = encoder.activations(texts, activations_cut(config.model))
     job = TrainJob.of(
         config,
         plan,

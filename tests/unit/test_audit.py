@@ -6,6 +6,7 @@ theory, the bound is 4 standard errors or more: a sound engine fails in fewer th
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -293,8 +294,6 @@ class TestAudit:
             assert report.one_run_epsilon > report.claimed_epsilon
 
     def test_a_weaker_claim_lets_more_be_seen(self, shop: Config, world: None) -> None:
-        import dataclasses
-
         leaky = dataclasses.replace(
             shop, privacy=dataclasses.replace(shop.privacy, noise_multiplier=0.5)
         )
@@ -302,6 +301,42 @@ class TestAudit:
         assert report.num_canaries == 600 and report.num_runs == 2
         assert 1 < report.lower_bound < report.claimed_epsilon
         assert abs(report.seen.auc - report.expected.auc) < 0.1
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            pytest.param({"adapter": "none"}, id="head alone"),
+            pytest.param({"adapter": "adalora", "lora_rank": 2}, id="AdaLoRA"),
+            pytest.param(
+                {"train_lora_a": True, "num_adapted_layers": 2, "target_modules": ("all-linear",)},
+                id="LoRA on all layers",
+            ),
+        ],
+    )
+    def test_canaries_are_seen_whatever_is_trained(
+        self, shop: Config, world: None, changes: dict[str, Any]
+    ) -> None:
+        """By noise so small that a canary is told by one step that samples it, 94 of 100."""
+        clear = dataclasses.replace(
+            shop,
+            model=dataclasses.replace(shop.model, **changes),
+            privacy=dataclasses.replace(shop.privacy, noise_multiplier=0.1),
+        )
+        scores: list[Canaries] = []
+        train = audits._train
+
+        def keep(config: Config, plan: PrivacyPlan, texts: list[str], canaries: Canaries) -> None:
+            train(config, plan, texts, canaries)
+            scores.append(canaries)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(audits, "_train", keep)
+            patch.setattr(audits, "_report", lambda *args: None)
+            audit(clear, num_canaries=100)
+        (canaries,) = scores
+        found = roc(canaries.scores[canaries.included], canaries.scores[~canaries.included])
+        assert found.auc > 0.85
+        assert abs(canaries.sums[~canaries.included]).max() < 5 * 0.1 * np.sqrt(10), "noise alone"
 
     def test_nothing_of_the_root_is_read_but_one_catalogue_file_and_nothing_is_written(
         self, shop: Config, world: None, monkeypatch: pytest.MonkeyPatch
@@ -356,8 +391,6 @@ class TestAudit:
             audit(shop, **options)
 
     def test_without_privacy_there_is_nothing_to_audit(self, shop: Config) -> None:
-        import dataclasses
-
         off = dataclasses.replace(shop, privacy=dataclasses.replace(shop.privacy, enabled=False))
         with pytest.raises(ConfigError, match="nothing to audit"):
             audit(off)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from raysys.model.encoder import TextEncoder
 from raysys.privacy.plan import PrivacyPlan
+from raysys.storage import Root
+from raysys.train.checkpoint import Checkpoints
 from raysys.train.loop import TrainJob, train_on_shards
 from tests import per_user, tiny_shop
 
@@ -62,7 +64,7 @@ def _by_engine(adapter: str, rank: int) -> dict[str, NDArray[np.float32]]:
     return {**found, f"{adapter} step": step.numpy()}
 
 
-def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
+def _results(rank: int, encoder: str, root: Root) -> dict[str, NDArray[np.float32]]:
     torch.manual_seed(0)  # a seed that all share must not make sampling repeat
     quiet = tiny_shop.plan(noise_multiplier=0.0)
     sampled = tiny_shop.plan(sampling_prob=SAMPLING_PROB, num_steps=NUM_STEPS)
@@ -73,14 +75,20 @@ def _results(rank: int, encoder: str) -> dict[str, NDArray[np.float32]]:
     return {
         "clipped": step_gradient(quiet, gradients_of_users()[rank::2], num_workers=WORLD_SIZE),
         "masks": masks,
-        **_trained("both", encoder, rank, has_users=True),
+        **_trained("both", encoder, rank, has_users=True, checkpoints=Checkpoints(root, "u1")),
+        **{f"kept {k}": v.numpy() for k, v in Checkpoints(root, "u1").load(5).tensors.items()},
         **_trained("one", encoder, rank, has_users=rank == 0),
         **{k: v for name in ENGINE_ADAPTERS for k, v in _by_engine(name, rank).items()},
     }
 
 
 def _trained(
-    name: str, encoder: str, rank: int, *, has_users: bool
+    name: str,
+    encoder: str,
+    rank: int,
+    *,
+    has_users: bool,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     job: TrainJob = tiny_shop.train_job(encoder)
     shards = [tiny_shop.shard(tiny_shop.outcomes(12, seed=rank)).examples] if has_users else []
@@ -91,6 +99,7 @@ def _trained(
         activations.select(tiny_shop.distinct_texts()),
         num_workers=WORLD_SIZE,
         on_step=lambda step: None,
+        checkpoints=checkpoints,
     )
     return {
         f"{name}_merged": trained.adapted_weights["encoder.layer.1.output.dense"],
@@ -103,7 +112,7 @@ def main(rank: int, folder: Path, encoder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=WORLD_SIZE
     )
-    results = _results(rank, encoder)
+    results = _results(rank, encoder, Root((folder / "root").as_uri()))
     torch.distributed.destroy_process_group()
     np.savez(folder / f"rank{rank}.npz", **results)
 

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateStarted
+from raysys.ledger.records import PrivacySpend, StepsPermitted, UpdateAbandoned, UpdateStarted
 from raysys.ledger.state import State
 from raysys.partitions.layout import SERVED_FILES
 from raysys.partitions.schema import EVENT_SCHEMA
@@ -142,13 +142,21 @@ def _damaged(root: Root, state: State) -> Iterator[str]:
 
 
 def _not_charged(log: Log) -> Iterator[str]:
-    """Every reservation that was ever written is charged in full, whatever became of it."""
+    """Every reservation that was ever written is charged, whatever became of it.
+
+    That is in full, but for steps which an abandoned update was never permitted to run.
+    """
     records = [entry.record for entry in log.entries()]
-    reserved = Counter(
-        (record.update_id, record.reserved)
-        for record in records
-        if isinstance(record, UpdateStarted) and record.reserved is not None
-    )
+    abandoned = {r.update_id for r in records if isinstance(r, UpdateAbandoned)}
+    permitted = {r.update_id: r.num_steps for r in records if isinstance(r, StepsPermitted)}
+    reserved = Counter[tuple[str, PrivacySpend]]()
+    for record in records:
+        if not isinstance(record, UpdateStarted) or record.reserved is None:
+            continue
+        name, spend = record.update_id, record.reserved
+        if name in abandoned:
+            spend = dataclasses.replace(spend, num_steps=permitted.get(name, 0))
+        reserved[name, spend] += 1
     charged = Counter((name, spend) for name, spend, _ in log.refresh().spends)
     for name, _ in reserved - charged:
         yield f"{name} was not charged its reservation"

@@ -30,7 +30,6 @@ from raysys.ledger.records import (
     Entry,
     LeaseRenewed,
     PseudonymsRotated,
-    StepsPermitted,
     UpdateAbandoned,
     UpdateCommitted,
     UpdateStarted,
@@ -108,21 +107,6 @@ class Lease:
         """
         if self._failure is not None:
             raise self._failure
-
-    def permit(self, num_steps: int) -> None:
-        """Appends that private steps up to the update's `num_steps`-th may run from now on.
-
-        Raises:
-          LeaseLostError: Another updater took over: no further step may run.
-        """
-
-        def decide(state: State) -> StepsPermitted | None:
-            if self._require_active(state).permitted_steps == num_steps:
-                return None
-            assert self._started is not None
-            return StepsPermitted(update_id=self._started.update_id, num_steps=num_steps)
-
-        self._log.transact(decide)
 
     def commit(self, record: UpdateCommitted | PseudonymsRotated) -> Entry:
         """Appends the commit, and with it ends the lease.

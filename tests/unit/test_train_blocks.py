@@ -200,6 +200,24 @@ def test_a_checkpoint_holds_what_is_trained_and_no_generator_or_user(group: Grou
     assert stored.size_bytes < 3 * 4 * trained + 5000
 
 
+def test_a_group_of_another_size_goes_on_from_a_checkpoint(
+    group: Group, two_workers: list[dict[str, Any]]
+) -> None:
+    """Two workers took five steps. One goes on: with all the users, and its own normaliser."""
+    first, second = (
+        {k.removeprefix("kept "): torch.tensor(v) for k, v in worker.items() if "kept " in k}
+        for worker in two_workers
+    )
+    assert len(first) > 7 and all(torch.equal(first[k], second[k]) for k in first | second)
+    Checkpoints(group.root, UPDATE).save(Checkpoint(num_steps=5, tensors=first))
+    group.next_steps = uncharged(num_steps=NUM_STEPS, size=SIZE)
+    trained = group.attempt()
+    assert group.steps == [6, 7, 8]
+    assert trained.num_users == tiny_shop.shard(tiny_shop.outcomes(40)).examples.num_users
+    moved = trained.head.weights["skip.weight"] - first["weights/head.skip.weight"].numpy()
+    assert 0 < abs(moved).max() <= 3 * 0.02
+
+
 def test_what_is_run_again_draws_other_users_and_other_noise(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,6 @@ from raysys.train.checkpoint import Checkpoints
 from raysys.train.loop import TrainJob, train_on_shards
 from tests import per_user, tiny_shop
 
-NUM_COORDINATES = 250_000
 NUM_USERS, NUM_STEPS = 10_000, 50
 SAMPLING_PROB = 0.0256
 WORLD_SIZE = 2
@@ -66,9 +65,7 @@ def _by_engine(adapter: str, rank: int) -> dict[str, NDArray[np.float32]]:
 
 
 def _results(rank: int, encoder: str, root: Root) -> dict[str, NDArray[np.float32]]:
-    torch.manual_seed(0)  # a seed that all share must not make noise repeat
-    noisy = tiny_shop.plan(noise_multiplier=2.0, l2_clip_norm=3.0)
-    nobody = torch.zeros(0, NUM_COORDINATES)
+    torch.manual_seed(0)  # a seed that all share must not make sampling repeat
     quiet = tiny_shop.plan(noise_multiplier=0.0)
     sampled = tiny_shop.plan(sampling_prob=SAMPLING_PROB, num_steps=NUM_STEPS)
     sampler = sampled.sampler(NUM_USERS, sampled.rng(0, rank))
@@ -76,8 +73,6 @@ def _results(rank: int, encoder: str, root: Root) -> dict[str, NDArray[np.float3
     for mask, users in zip(masks, sampler, strict=True):
         mask[users] = 1
     return {
-        "first_noise": step_gradient(noisy, nobody, num_workers=WORLD_SIZE),
-        "second_noise": step_gradient(noisy, nobody, num_workers=WORLD_SIZE),
         "clipped": step_gradient(quiet, gradients_of_users()[rank::2], num_workers=WORLD_SIZE),
         "masks": masks,
         **_trained("both", encoder, rank, has_users=True, checkpoints=Checkpoints(root, "u1")),

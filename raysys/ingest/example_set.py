@@ -1,6 +1,9 @@
-"""Training examples as arrays: what ingest writes for each shard, and a train worker reads.
+"""Training examples as arrays: what ingest writes for each shard, and a train worker maps.
 
-    ingest.examples -> ExampleSet.to_bytes() -> staging/UPDATE/examples/ -> from_bytes() -> train
+    ingest.examples -> ExampleSet.to_bytes() -> staging/UPDATE/examples/ -> map_examples() -> train
+
+An uncompressed Arrow IPC file of one batch: its columns lie there as they do in memory. So a worker
+draws users at random from a shard that it maps, and reads the pages of those users only.
 
 Shape suffixes: E = examples, K = candidates (padded with -1), F = features, A = history items that
 stand for the user's taste (padded with -1).
@@ -9,13 +12,17 @@ stand for the user's taste (padded with -1).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from raysys.ingest.features import NUM_FEATURES, IndexArray
+from raysys.storage import Root
 
 NUM_ATTENDED = 32
 
@@ -42,7 +49,7 @@ class ExampleSet:
     """(E, A) item indexes."""
     attention: NDArray[np.float32]
     """(E, A)."""
-    queries: list[str]
+    queries: Sequence[str]
     """(E,) empty where the request had none."""
 
     @classmethod
@@ -87,18 +94,30 @@ class ExampleSet:
     @classmethod
     def from_bytes(cls, data: bytes) -> ExampleSet:
         """Reads what `to_bytes` wrote."""
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all().combine_chunks()
+        return cls._of(pa.BufferReader(data))
+
+    @classmethod
+    def map(cls, path: Path) -> ExampleSet:
+        """Maps a file of what `to_bytes` wrote: arrays are read-only, and read when they are used.
+
+        The file may be deleted at once; the map, and the space on disk, last as long as the arrays.
+        """
+        return cls._of(pa.memory_map(str(path)))
+
+    @classmethod
+    def _of(cls, source: pa.NativeFile) -> ExampleSet:
+        table = pa.ipc.open_file(source).read_all()
         num = table.num_rows
 
         def array(name: str, *shape: int) -> Any:
             column = table[name].chunk(0) if num else pa.array([], table.schema.field(name).type)
             flat = column.flatten() if shape else column
-            return flat.to_numpy(zero_copy_only=False).reshape(num, *shape)
+            return flat.to_numpy(zero_copy_only=True).reshape(num, *shape)
 
         width = table.schema.field("candidates").type.list_size
         return cls(
             user=array("user"),
-            queries=table["queries"].to_pylist(),
+            queries=_Strings(table["queries"]),
             features=array("features", width, NUM_FEATURES),
             attended=array("attended", NUM_ATTENDED),
             attention=array("attention", NUM_ATTENDED),
@@ -107,3 +126,37 @@ class ExampleSet:
                 for name in ("candidates", "gains", "weight", "log_q", "position")
             },
         )
+
+
+def map_examples(root: Root, path: str) -> ExampleSet:
+    """Maps a shard of a root.
+
+    On a local root that is the file in place; else a copy on this machine, in the folder of
+    temporary files, which nobody else sees and which is gone with the process.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return ExampleSet.map(root.local_file(path, Path(scratch)))
+
+
+class _Strings(Sequence[str]):
+    """An Arrow column whose strings are made when they are asked for."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return list(self._column[index].to_pylist())
+        return str(self._column[int(index)].as_py())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]

@@ -304,8 +304,7 @@ def _examples(requests: pl.DataFrame, lookup: Histories, settings: ShardSettings
         attended, attention = history.attention(NUM_ATTENDED)
         out.attended[row, : len(attended)] = attended
         out.attention[row, : len(attention)] = attention
-        out.queries[row] = request["query"] or ""
-    return out
+    return dataclasses.replace(out, queries=requests["query"].fill_null("").to_list())
 
 
 def _fill_shown(

@@ -37,6 +37,11 @@ class LocalStore:
         with self._reported("read", path):
             return (self._base / path).open("rb")
 
+    def local_file(self, path: str, scratch: Path) -> Path:
+        if not self.exists(path):
+            raise FileNotFoundError(f"{self._uri}/{path}")
+        return self._base / path
+
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         with self._reported("list", prefix):
             return list(self._walk(self._base / prefix))

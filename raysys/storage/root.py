@@ -61,6 +61,16 @@ class Root:
         """
         return self._store.open_input(_checked(path))
 
+    def local_file(self, path: str, scratch: Path) -> Path:
+        """Returns a file of this machine with an object's content, to be mapped into memory.
+
+        It is the object itself on a local root, so do not write to it, else a copy in `scratch`.
+
+        Raises:
+          FileNotFoundError: There is none.
+        """
+        return self._store.local_file(_checked(path), scratch)
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         """Returns all objects below the folder `prefix`, at any depth, sorted by path."""
         found = self._store.list(_checked(prefix, may_be_root=True))

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import functools
 import logging
 import os
 import random
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import botocore.session
@@ -34,6 +37,8 @@ _Answer = TypeVar("_Answer")
 
 _MAX_CONNECTIONS = 32
 """At once from one process: the ledger reads with 16 threads."""
+_COPY_BYTES = 16_000_000
+"""Of one ranged GET of a copy, which is all of it that is ever in memory."""
 _MAX_KEYS_PER_DELETE = 1000
 """S3's own limit."""
 _TELL_FROM_S = 1.0
@@ -87,6 +92,20 @@ class S3Store:
                 lambda start, stop: self._get(path, Range=f"bytes={start}-{stop - 1}", **same),
             ),
         )
+
+    def local_file(self, path: str, scratch: Path) -> Path:
+        copy = scratch / uuid.uuid4().hex
+        try:
+            with self.open_input(path) as source, copy.open("xb") as target:
+                shutil.copyfileobj(source, target, _COPY_BYTES)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise RootError(
+                f"root {self._uri}: no room in {scratch} for {path}; free some space there, or "
+                "name a larger disk by TMPDIR"
+            ) from error
+        return copy
 
     def list(self, prefix: str) -> builtins.list[ObjectInfo]:
         return [

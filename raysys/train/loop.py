@@ -31,7 +31,7 @@ from raysys.train.batches import Batches
 from raysys.train.blocks import NextSteps, uncharged
 from raysys.train.checkpoint import Checkpoint, Checkpoints
 from raysys.train.health import frozen_digests, require_frozen, require_moved
-from raysys.train.step import Stepper
+from raysys.train.step import Probe, Stepper
 
 _CPU = torch.device("cpu")
 
@@ -112,6 +112,7 @@ def train_on_shards(
     next_steps: NextSteps | None = None,
     checkpoints: Checkpoints | None = None,
     device: torch.device = _CPU,
+    probe: Probe | None = None,
 ) -> Trained:
     """Runs all steps on this worker's users. Needs a `torch.distributed` group of `num_workers`.
 
@@ -120,6 +121,7 @@ def train_on_shards(
       next_steps: Says on rank 0 which steps to run next; by default all of them in one block.
       checkpoints: Where to go on from, and what is kept after each block; by default nothing is.
       device: Where steps are computed. What comes back is on the CPU.
+      probe: Of an audit, which has made-up users only.
 
     Raises:
       PrivacyError: A trainable weight has no per-user gradient, or the loss is not by user.
@@ -149,6 +151,7 @@ def train_on_shards(
     losses = _run_steps(
         job, module, batches, Ranks.of(adapter), num_workers=num_workers, on_step=on_step,
         next_steps=next_steps or _all_at_once(job), checkpoints=checkpoints, device=device,
+        probe=probe,
     )  # fmt: skip
     require_frozen(frozen, frozen_digests([adapter.encoder.model, module]))
 
@@ -178,13 +181,14 @@ def _run_steps(
     next_steps: NextSteps,
     checkpoints: Checkpoints | None,
     device: torch.device,
+    probe: Probe | None,
 ) -> list[float]:
     parameters = [parameter for _, parameter in module.trainable()]
     before = [parameter.detach().clone() for parameter in parameters]
     adam = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     stepper = Stepper(
         module, batches, adam, train=job.train, plan=job.plan, learning_rate=job.learning_rate,
-        seed=job.seed, num_workers=num_workers, ranks=ranks,
+        seed=job.seed, num_workers=num_workers, ranks=ranks, probe=probe,
     )  # fmt: skip
     is_first = torch.distributed.get_rank() == 0
     done = 0

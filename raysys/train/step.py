@@ -10,10 +10,13 @@ privacy a block that is run again, after a failure or in a replay, comes out the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer
 
 from raysys.config import TrainConfig
 from raysys.model.losses import LOSSES
@@ -24,6 +27,18 @@ from raysys.privacy.plan import PrivacyPlan
 from raysys.train.batches import Batches
 
 _LABELS = ("gains", "weight", "log_q", "valid")
+
+
+class Probe(Protocol):
+    """What an audit does within each step: `train.canaries`."""
+
+    def before_clip(
+        self, users: NDArray[np.int64], parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        """Sees, and may replace, the gradients `grad_sample` (U, ...) of these users (U,)."""
+
+    def after_noise(self, optimizer: DPOptimizer) -> None:
+        """Sees what one step releases: `grad` of the optimizer's parameters."""
 
 
 class Stepper:
@@ -41,6 +56,7 @@ class Stepper:
         seed: int,
         num_workers: int,
         ranks: Ranks,
+        probe: Probe | None = None,
     ) -> None:
         self._module, self._batches, self._adam = module, batches, adam
         self._train, self._plan = train, plan
@@ -48,6 +64,10 @@ class Stepper:
         self._ranks = ranks
         self._optimizer = plan.optimizer(adam, num_workers=num_workers)
         ranks.attach(self._optimizer)
+        self._probe = probe
+        if probe is not None:
+            hooks = [probe.after_noise, self._optimizer.step_hook]  # Opacus keeps only one
+            self._optimizer.attach_step_hook(lambda made: [hook(made) for hook in hooks if hook])
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
 
@@ -61,6 +81,8 @@ class Stepper:
         for i, part in enumerate(parts):
             self._optimizer.zero_grad(set_to_none=True)
             self._set_gradients(self._batches.take(part, rng) if len(part) else None)
+            if self._probe is not None and len(part):
+                self._probe.before_clip(part, [p for _, p in self._module.trainable()])
             # Opacus clips and sums every part, and adds noise and steps with the last one only.
             self._optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
             self._optimizer.step()

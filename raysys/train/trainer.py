@@ -28,7 +28,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysys.config import TrainConfig
-from raysys.ingest.example_set import ExampleSet
+from raysys.ingest.example_set import map_examples
 from raysys.ingest.pipeline import examples_path
 from raysys.model.adapter import activations_cut
 from raysys.model.encoder import cache_folder, load_cached
@@ -120,7 +120,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     shards = [
-        ExampleSet.from_bytes(root.read_bytes(examples_path(update_id, shard)))
+        map_examples(root, examples_path(update_id, shard))
         for shard in range(rank, config["num_shards"], num_workers)
     ]
     cut = activations_cut(job.model, job.adapted_weights or ())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -35,13 +36,10 @@ def two_workers(
     tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What each of two ranks of one group computed: see `tests/two_workers.py`."""
-    import numpy as np
-
     folder = tmp_path_factory.mktemp("two_workers")
     command = [sys.executable, "-m", "tests.two_workers"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     workers = [
-        subprocess.Popen([*command, str(rank), str(folder), tiny_encoder], env=environment)
+        subprocess.Popen([*command, str(rank), str(folder), tiny_encoder], env=_environment())
         for rank in range(2)
     ]
     try:
@@ -49,8 +47,27 @@ def two_workers(
     finally:
         for worker in workers:
             worker.kill()
+    return _results(folder, 2)
+
+
+@pytest.fixture(scope="session")
+def noisy_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of four ranks added to steps of nobody: see `tests/noisy_ranks.py`."""
+    folder = tmp_path_factory.mktemp("noisy_ranks")
+    command = [sys.executable, "-m", "tests.noisy_ranks", str(folder)]
+    subprocess.run(command, env=_environment(), check=True, timeout=120)
+    return _results(folder, 4)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _results(folder: Path, num_ranks: int) -> list[dict[str, Any]]:
+    import numpy as np
+
     results = []
-    for rank in range(2):
+    for rank in range(num_ranks):
         with np.load(folder / f"rank{rank}.npz") as arrays:
             results.append(dict(arrays))
     return results

@@ -1,4 +1,7 @@
-"""Sampler, noise and accounting come from one plan; without privacy it does nothing and says so."""
+"""Sampler, noise and accounting come from one plan; without privacy it does nothing and says so.
+
+How much noise there is, and that it never comes twice: `test_noise.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,21 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 
 from raysys.config import PrivacyConfig
 from raysys.privacy.plan import PrivacyPlan
 from tests import tiny_shop
-from tests.two_workers import NUM_COORDINATES, gradients_of_users, step_gradient
+from tests.two_workers import gradients_of_users, step_gradient
 
 CONFIG = PrivacyConfig()
 NOISY = tiny_shop.plan(noise_multiplier=2.0, l2_clip_norm=3.0)
-NOISE_STD = 2.0 * 3.0 / 32
-"""noise_multiplier * l2_clip_norm / expected_batch_users of NOISY, and of `two_workers`."""
 
 
 def noise(num: int, plan: PrivacyPlan = NOISY) -> NDArray[np.float32]:
     """What an empty step hands to the inner optimizer."""
     return step_gradient(plan, torch.zeros(0, num), num_workers=1)
-
-
-def is_noise_of(values: NDArray[np.float32], std: float) -> bool:
-    """Within 5 standard errors of mean 0 and of the standard deviation."""
-    num = len(values)
-    return bool(
-        abs(values.std() / std - 1) < 5 / math.sqrt(2 * num)
-        and abs(values.mean()) < 5 * std / math.sqrt(num)
-    )
 
 
 def is_shared(first: NDArray[np.float32], second: NDArray[np.float32]) -> bool:
@@ -57,44 +48,6 @@ def test_the_ledger_is_charged_for_what_sampler_and_optimizer_do(world: None) ->
     assert optimizer.noise_multiplier == plan.spend.noise_multiplier == 4.5
     assert optimizer.max_grad_norm == CONFIG.l2_clip_norm
     assert optimizer.expected_batch_size == CONFIG.expected_batch_users
-
-
-def test_an_empty_step_is_pure_noise_of_the_planned_size(world: None) -> None:
-    values = noise(1_000_000)
-    assert is_noise_of(values, NOISE_STD)
-    assert not is_noise_of(values, NOISE_STD * 1.01), "the tolerance would notice one percent"
-
-
-def test_two_workers_add_the_noise_of_one(two_workers: list[dict[str, Any]]) -> None:
-    for name in ("first_noise", "second_noise"):
-        first, second = (worker[name] for worker in two_workers)
-        assert np.array_equal(first, second)
-        assert len(first) == NUM_COORDINATES and is_noise_of(first, NOISE_STD)
-    rng = np.random.default_rng()
-    noised_by_both = rng.normal(0, NOISE_STD, (2, NUM_COORDINATES)).astype(np.float32).sum(0)
-    assert not is_noise_of(noised_by_both, NOISE_STD)
-
-
-def test_two_runs_never_share_noise_even_if_they_share_a_seed(
-    world: None, two_workers: list[dict[str, Any]]
-) -> None:
-    runs = [worker[name] for worker in two_workers[:1] for name in ("first_noise", "second_noise")]
-    for _ in range(2):
-        torch.manual_seed(0)
-        runs.append(noise(NUM_COORDINATES))
-    pairs = [(a, b) for i, a in enumerate(runs) for b in runs[:i]]
-    assert len(pairs) == 6 and not any(is_shared(a, b) for a, b in pairs)
-
-
-def test_noise_from_a_seed_that_runs_share_is_noticed(
-    world: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Seeded(torch.Generator):
-        def seed(self) -> int:
-            return self.manual_seed(0).initial_seed()
-
-    monkeypatch.setattr("torch.Generator", Seeded)
-    assert is_shared(noise(10_000), noise(10_000))
 
 
 def test_noise_of_the_steps_of_one_run_differs(world: None) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from raysys.privacy.sampling import PoissonSampler
 from tests import tiny_shop
+from tests.broken_engines import FixedSize
 
 NUM_USERS, PROB = 10_000, 0.0256
 MEAN, STD = 256.0, 15.8
@@ -51,7 +52,13 @@ def test_batch_sizes_have_the_mean_and_spread_of_poisson_sampling() -> None:
 
 
 def test_batches_of_a_fixed_size_do_not_pass_for_poisson_sampling() -> None:
-    assert not looks_poisson(np.full(2000, MEAN))
+    sizes = batch_sizes(
+        FixedSize(
+            num_users=NUM_USERS, num_steps=100, sampling_prob=PROB, rng=np.random.default_rng()
+        )
+    )
+    assert sizes.std() == 0 and sizes.mean() == MEAN
+    assert not looks_poisson(sizes)
 
 
 def test_every_user_takes_part_equally_often() -> None:

@@ -79,7 +79,14 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check(self, "tune", AT_LEAST_1, "mean_trials", "max_concurrent")
         check(self, "tune", NOT_NEGATIVE, "shape")
-        check(self, "tune", POSITIVE, "score_noise_multiplier", "cpus_per_trial")
+        check(self, "tune", POSITIVE, "cpus_per_trial")
+        noise = self.score_noise_multiplier
+        require(
+            noise >= 0.5,
+            "tune.score_noise_multiplier",
+            noise,
+            ">= 0.5: with less, scores alone would spend any budget",
+        )
         check(self, "tune", FRACTION, "delta_fraction", "shard_fraction")
         most = self.max_difference
         require(0 < most <= 1, "tune.max_difference", most, "a fraction in (0, 1]")

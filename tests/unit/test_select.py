@@ -164,7 +164,9 @@ def test_an_empty_space_is_refused_before_anything_is_read(shop: Shop) -> None:
         pytest.param("method: auto", "tune.space: expected values", id="no space"),
         pytest.param(f"{SPACE}, search: bayesian", "tune.search: expected 'random'", id="search"),
         pytest.param(
-            f"{SPACE}, score_noise_multiplier: 0.01, method: repeat", "a selection of 10", id="cost"
+            f"{SPACE}, score_noise_multiplier: 0.01",
+            "tune.score_noise_multiplier: expected >= 0.5",
+            id="noise",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from raysys.config import Config, parse_config
 from raysys.errors import ConfigError, PrivacyError
 from raysys.ledger.records import PrivacySpend, SelectionSpend
-from raysys.privacy import selection
+from raysys.privacy import charges, selection
 from raysys.privacy.accounting import epsilon
 from raysys.privacy.composed import Composed
 from raysys.privacy.selection import (
@@ -85,13 +85,13 @@ class TestMethod:
     def test_the_config_may_decide(self, method: str) -> None:
         assert plan(DAILY, method=method).selection.method == method
 
-    def test_what_has_no_bound_is_not_taken(self) -> None:
-        tune = {"score_noise_multiplier": 0.01}
-        found = plan(DAILY, **tune)
+    def test_what_has_no_bound_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(charges, "_MOST_EPSILON", 1.0)
+        found = plan(DAILY, mean_trials=7.5)
         assert found.selection.method == "compose"
         assert found.epsilon_by_method["repeat"] == float("inf")
-        with pytest.raises(PrivacyError, match="10 trials on average has no epsilon below 500"):
-            plan(DAILY, method="repeat", **tune)
+        with pytest.raises(PrivacyError, match=r"7\.5 trials on average has no epsilon below 1 "):
+            plan(DAILY, method="repeat", mean_trials=7.5)
 
     def test_one_trial_on_average_is_one_trial(self) -> None:
         found = plan(GAUSSIAN, mean_trials=1.0).selection

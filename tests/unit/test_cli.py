@@ -488,6 +488,18 @@ class TestDoctor:
         assert [line.split()[1] for line in lines] == names
         assert root.list("") == []
 
+    def test_fails_where_the_budget_does_not_last_for_the_horizon(
+        self, tmp_path: Path, local_root: Root, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("raysys.privacy.calibrate.updates_paid", lambda config: 7)
+        for horizon, exit_code in ((7, 0), (8, 1)):
+            extra = f"privacy: {{noise_multiplier: 3, horizon: {horizon}}}\n"
+            result = run(write_config(tmp_path, local_root.uri, extra), "doctor")
+            assert result.exit_code == exit_code, result.output
+            assert "epsilon_total 8 pays for 7 updates" in result.stdout
+            assert statement(1e-4) in result.stdout
+            assert ("leave privacy.noise_multiplier out" in result.stdout) == bool(exit_code)
+
     @pytest.fixture
     def broken(self, tmp_path: Path) -> Path:
         """A config whose root is a file and whose key file is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -12,10 +13,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from raysys import update
 from raysys.cli import app
 from raysys.config import load_config
+from raysys.ingest.pipeline import Ingested, IngestJob
 from raysys.ledger.log import Log
-from raysys.ledger.records import UpdateCommitted, UpdateStarted
+from raysys.ledger.records import UpdateCommitted, UpdateStarted, UserGroup
+from raysys.ledger.verify import verify
+from raysys.privacy import kept
+from raysys.privacy.accounting import statement
 from raysys.privacy.statement import NOT_PRIVATE
 from raysys.registry.version import version_path
 from raysys.rollout.state import abort, promote, start
@@ -205,6 +211,49 @@ class TestPrivacyStatement:
         assert not any(NOT_PRIVATE in report for report in reports)
         assert NOT_PRIVATE not in self.told(shop, "status")[0] + self.told(shop, "budget")[0]
         assert self.told(shop, "budget")[1]["private"] is True
+
+
+class TestBudget:
+    def test_each_start_names_what_was_kept_of_the_updates_before_it(
+        self, shop: Shop, steps: Steps, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(update, "keep", kept.keep)
+        for day in DAYS[:3]:
+            write_day(shop.root, day)
+            shop.commit(steps)
+        records = [entry.record for entry in Log(shop.root).entries()]
+        starts = [record for record in records if isinstance(record, UpdateStarted)]
+        assert [s.kept_loss and s.kept_loss.num_updates for s in starts] == [None, 1, 2]
+        assert verify(shop.root).ignored == () and find_problems(shop.root) == []
+        state = Log(shop.root).refresh()
+        kept.forget()
+        found = [kept.life_so_far(root, state).epsilon(1e-4) for root in (shop.root, None)]
+        assert found[0] == found[1] > 0
+
+    def test_cohorts_take_turns_and_each_update_ingests_its_own(
+        self, shop: Shop, steps: Steps, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        groups: list[UserGroup | None] = []
+
+        def ingest(job: IngestJob, item_files: Any) -> Ingested:
+            groups.append(job.group)
+            return steps.ingest(job, item_files)
+
+        monkeypatch.setattr(update, "ingest", ingest)
+        for day in DAYS[:3]:
+            write_day(shop.root, day)
+            config = load_config(shop.config)
+            privacy = dataclasses.replace(config.privacy, cohorts=2)
+            steps.update(dataclasses.replace(config, privacy=privacy))
+        assert [group.index for group in groups if group] == [0, 1, 0]
+        spends = Log(shop.root).refresh().spends
+        assert [spend.group for _, spend, _ in spends] == groups
+
+    def test_the_log_tells_epsilon_with_what_it_is_about(self, shop: Shop, steps: Steps) -> None:
+        told: list[str] = []
+        update.run_update(load_config(shop.config), told.append)
+        (line,) = (line for line in told if "epsilon" in line)
+        assert line == f"epsilon is 0.010 of 50 with this update ({statement(1e-4)})"
 
 
 def _promote(shop: Shop) -> None:

@@ -138,7 +138,7 @@ class TestSelections:
         assert poisson == pytest.approx(1.734, abs=2e-3)
 
     def test_a_selection_without_a_delta_of_its_own_is_refused(self) -> None:
-        with pytest.raises(PrivacyError, match="no finite epsilon at delta 0"):
+        with pytest.raises(PrivacyError, match="no epsilon below 500 at delta 0"):
             charges(spend(selection=trials("repeat", delta=0.0)))
 
     def test_a_selection_that_is_forgotten_would_be_noticed(self) -> None:

@@ -114,13 +114,15 @@ class TestExamples:
     def test_a_filter_that_lets_others_through_is_refused(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sound, calls = examples._in_group, list[int]()
+        sound, calls = examples._in_group, list[UserGroup | None]()
 
-        def broken(users: pl.Series, settings: examples.ShardSettings) -> pl.Series:
-            calls.append(1)
-            if len(calls) == 1:
+        def broken(
+            users: pl.Series, group: UserGroup | None, settings: examples.ShardSettings
+        ) -> pl.Series:
+            calls.append(group)
+            if calls.count(settings.group) == 1:
                 return pl.repeat(True, len(users), eager=True)
-            return sound(users, settings)
+            return sound(users, group, settings)
 
         monkeypatch.setattr(examples, "_in_group", broken)
         with pytest.raises(PrivacyError, match="examples are of users outside the group"):

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.config import PrivacyConfig
-from raysys.errors import LeaseLostError, LedgerCorruptError
+from raysys.errors import LedgerCorruptError
 from raysys.ingest.groups import cohort_group
 from raysys.ledger import fold
 from raysys.ledger.explain import explain
-from raysys.ledger.lease import Lease
-from raysys.ledger.log import Log
 from raysys.ledger.records import (
     Entry,
     PrivacySpend,
@@ -27,10 +25,8 @@ from raysys.ledger.records import (
 )
 from raysys.ledger.state import State
 from raysys.privacy.budget import report_budget, spent_epsilon
-from raysys.storage import Root
 from tests.helpers import (
     SPEND,
-    FakeClock,
     abandoned,
     committed,
     entries,
@@ -152,28 +148,6 @@ def test_the_rules_refuse(records: list[Record], problem: str) -> None:
 
 def test_a_permit_explains_itself() -> None:
     assert explain(permit(5)) == "u0001-aaaaaa may run private steps up to its 5."
-
-
-def test_a_lease_permits_until_it_is_lost(local_root: Root) -> None:
-    clock, log = FakeClock(), Log(local_root)
-
-    def lease(owner: str) -> Lease:
-        return Lease(
-            log, owner=owner, duration_s=10.0, clock=clock, monotonic=clock, sleep=clock.advance
-        )
-
-    with lease("one") as first:
-        first.start(lambda state: START)
-        first.permit(5)
-        first.permit(5)
-        assert log.refresh().permitted_steps == 5
-        assert sum(isinstance(entry.record, StepsPermitted) for entry in log.entries()) == 1
-        first._done.set()
-        with lease("two") as second:
-            second.start(lambda state: dataclasses.replace(START, update_id="u0002-aaaaaa"))
-            with pytest.raises(LeaseLostError):
-                first.permit(10)
-    assert [spend.num_steps for _, spend, _ in log.refresh().spends] == [5, 0]
 
 
 class TestReferenceLife:

@@ -141,7 +141,7 @@ class TestSensitivity:
 class TestWhoIsScored:
     def case(self, draw: float, *, held_out: bool = False) -> Case:
         return Case(
-            held_out=held_out, draw=draw, history=UserHistory.empty(), now=0.0,
+            held_out=held_out, tried=True, draw=draw, history=UserHistory.empty(), now=0.0,
             positives=np.array([0], np.int32), gains=np.array([1.0], np.float32),
         )  # fmt: skip
 

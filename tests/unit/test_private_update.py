@@ -104,8 +104,9 @@ class Shop:
         shard = ExampleSet.from_bytes(root.read_bytes(examples_path(update_id, 0)))
         assert len(shard.user), "there was something to train on"
         return TrainOutput(
-            head=tiny_shop.random_head(seed=7), adapter={}, adapted_module="dense",
-            merged_weight=np.zeros((2, 2), np.float32), text_before=text, text_after=text,
+            head=tiny_shop.random_head(seed=7), adapter={}, adapted_modules=("dense",),
+            adapted_weights={"dense": np.zeros((2, 2), np.float32)}, text_before=text,
+            text_after=text,
         )  # fmt: skip
 
     def run(self, *, private: bool) -> Ran:

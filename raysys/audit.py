@@ -43,6 +43,7 @@ from raysys.privacy.audit import (
     roc,
     threshold_epsilon,
 )
+from raysys.privacy.calibrate import noise_multiplier_of
 from raysys.privacy.plan import PrivacyPlan
 from raysys.storage import Root
 from raysys.train.canaries import Canaries
@@ -124,7 +125,9 @@ def audit(
     """
     num_steps = config.train.num_steps if num_steps is None else num_steps
     _check(config, num_canaries, num_steps, num_runs, confidence)
-    plan = PrivacyPlan.for_update(config.privacy, num_steps=num_steps, num_count_releases=0)
+    # With a horizon the config itself names no noise.
+    privacy = dataclasses.replace(config.privacy, noise_multiplier=noise_multiplier_of(config))
+    plan = PrivacyPlan.for_update(privacy, num_steps=num_steps, num_count_releases=0)
     texts = _public_texts(config)
     runs = []
     for run in range(1, num_runs + 1):

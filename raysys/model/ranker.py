@@ -72,7 +72,7 @@ class RankerModule(torch.nn.Module):
         super().__init__()
         self.tower, self.head = tower, head
         self._half_tower = half_tower
-        self._engine = PerUserGradients(self)
+        self._engine = PerUserGradients(self, keep_factors=True)
         if isinstance(tower, LayerTower):
             tower.rows = self._rows
 
@@ -125,6 +125,17 @@ class RankerModule(torch.nn.Module):
           PrivacyError: As `PerUserGradients.backward`.
         """
         self._engine.backward(loss)
+
+    def require_independent_users(self, loss: torch.Tensor) -> None:
+        """Checks that no user's loss depends on another user's rows, at the price of a backward.
+
+        Args:
+          loss: As `backward`, which may follow.
+
+        Raises:
+          PrivacyError: It does, so no clip bounds what one user can change.
+        """
+        self._engine.require_independent_users(loss)
 
     @contextlib.contextmanager
     def _rows(self, users: torch.Tensor | None, num_users: int) -> Iterator[None]:

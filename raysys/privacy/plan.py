@@ -13,10 +13,10 @@ import dataclasses
 
 import numpy as np
 import torch
-from opacus.optimizers import DistributedDPOptimizer
 
 from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend, UserGroup
+from raysys.privacy.optimizer import DistributedPerUserOptimizer
 from raysys.privacy.sampling import PoissonSampler
 from raysys.privacy.spend import mechanisms
 
@@ -92,7 +92,7 @@ class PrivacyPlan:
 
     def optimizer(
         self, inner: torch.optim.Optimizer, *, num_workers: int
-    ) -> DistributedDPOptimizer:
+    ) -> DistributedPerUserOptimizer:
         """Wraps an optimizer: clips each user, sums over workers, adds noise once.
 
         Needs an initialised `torch.distributed` group. Opacus divides the sum by the number of
@@ -103,7 +103,7 @@ class PrivacyPlan:
         # Noise is drawn where the gradients are.
         generator = torch.Generator(inner.param_groups[0]["params"][0].device)
         generator.seed()
-        return DistributedDPOptimizer(
+        return DistributedPerUserOptimizer(
             inner,
             noise_multiplier=self.spend.noise_multiplier if self.enabled else 0.0,
             max_grad_norm=self.l2_clip_norm if self.enabled else NO_CLIP_NORM,

@@ -26,6 +26,7 @@ from opacus.optimizers import DPOptimizer
 
 from raysys.errors import ConfigError
 from raysys.privacy.audit import Claim, Scores
+from raysys.privacy.clipping import dense
 
 NORM_OVER_CLIP = 100.0
 """Norm of a canary's gradient before the clip: an engine that does not clip cannot miss it."""
@@ -105,7 +106,7 @@ class Canaries:
         self, users: NDArray[np.int64], parameters: Sequence[torch.nn.Parameter]
     ) -> None:
         """Replaces the gradients of canaries, and adds up the clipped ones of all others."""
-        samples = [_rows(parameter.grad_sample) for parameter in parameters]  # type: ignore[attr-defined]
+        samples = [_rows(dense(parameter.grad_sample)) for parameter in parameters]  # type: ignore[attr-defined]
         directions = self._directions_of(sum(sample.shape[1] for sample in samples))
         is_canary = torch.from_numpy(users >= self._num_others)
         which = self._of_user[users[is_canary.numpy()] - self._num_others]

@@ -68,6 +68,7 @@ class Stepper:
         if probe is not None:
             hooks = [probe.after_noise, self._optimizer.step_hook]  # Opacus keeps only one
             self._optimizer.attach_step_hook(lambda made: [hook(made) for hook in hooks if hook])
+        self._is_checked = False
         self.losses: list[float] = []
         """Of the users sampled so far. Sensitive: for tests, never reported."""
 
@@ -93,13 +94,23 @@ class Stepper:
         if batch is None:
             set_empty_gradients(parameter for _, parameter in self._module.trainable())
         else:
-            self.losses.extend(backward(self._module, batch, self._train.loss))
+            # Once, before the first gradient is used: later steps compute by the same code.
+            check = not self._is_checked
+            self.losses.extend(backward(self._module, batch, self._train.loss, check=check))
+            self._is_checked = True
 
 
 def backward(
-    module: RankerModule, batch: Mapping[str, torch.Tensor], loss_name: str
+    module: RankerModule,
+    batch: Mapping[str, torch.Tensor],
+    loss_name: str,
+    *,
+    check: bool = False,
 ) -> list[float]:
     """Sets the per-user gradients of a batch; returns each user's loss.
+
+    Args:
+      check: Also that no user's loss depends on another user.
 
     Raises:
       PrivacyError: The loss is not one number a user, or else as `PerUserGradients.backward`.
@@ -107,5 +118,7 @@ def backward(
     labels = {name: batch[name] for name in _LABELS}
     scores = module(**{name: x for name, x in batch.items() if name not in labels})
     loss = LOSSES[loss_name](scores, **labels)
+    if check:
+        module.require_independent_users(loss)
     module.backward(loss)
     return list(loss.detach().tolist())

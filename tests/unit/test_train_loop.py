@@ -397,21 +397,24 @@ def test_nothing_that_depends_on_single_users_but_the_weights_leaves_the_worker(
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "wrong,told",
     [
-        lambda loss: loss.mean(),
-        lambda loss: loss[:, None],
-        lambda loss: loss[:, None].expand(-1, 3),
-        lambda loss: loss[:1],
+        pytest.param(lambda loss: loss.mean(), "one number a user", id="a scalar"),
+        pytest.param(lambda loss: loss[:, None], "one number a user", id="(U, 1)"),
+        pytest.param(
+            lambda loss: loss[:, None].expand(-1, 3), "one number a user", id="by candidate"
+        ),
+        pytest.param(lambda loss: loss[:1], "one number a user", id="of another number of users"),
+        pytest.param(lambda loss: loss / loss.mean(), "depends on another's rows", id="of others"),
     ],
-    ids=["a scalar", "(U, 1)", "by candidate", "of another number of users"],
 )
-def test_a_loss_that_is_not_one_number_a_user_stops_before_the_first_step(
+def test_a_loss_that_is_not_each_users_own_stops_before_the_first_step(
     tiny_encoder: str,
     activations: TokenActivations,
     world: None,
     monkeypatch: pytest.MonkeyPatch,
     wrong: Callable[[torch.Tensor], torch.Tensor],
+    told: str,
 ) -> None:
     loss, steps = one_step.LOSSES["listwise"], list[int]()
     step = torch.optim.AdamW.step
@@ -429,6 +432,6 @@ def test_a_loss_that_is_not_one_number_a_user_stops_before_the_first_step(
     monkeypatch.setattr(
         one_step, "LOSSES", {"listwise": lambda *args, **labels: wrong(loss(*args, **labels))}
     )
-    with pytest.raises(PrivacyError, match="one number a user"):
+    with pytest.raises(PrivacyError, match=told):
         train_on_shards(job, [past()], activations, **arguments)
     assert len(stepped) == len(steps) == 5

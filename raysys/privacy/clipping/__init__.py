@@ -23,6 +23,7 @@ from raysys.privacy.clipping.functions import per_user_linear
 from raysys.privacy.clipping.rows import UserRows
 from raysys.privacy.clipping.samples import (
     add_grad_sample,
+    dense,
     require_per_user_gradients,
     set_empty_gradients,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "PerUserGradients",
     "UserRows",
     "add_grad_sample",
+    "dense",
     "per_user_linear",
     "require_per_user_gradients",
     "set_empty_gradients",

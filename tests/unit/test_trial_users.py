@@ -13,15 +13,17 @@ import polars as pl
 import pytest
 
 from raysys.config import parse_config
+from raysys.errors import PrivacyError
 from raysys.evaluate import holdout
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.evaluate.metrics import ranking_metrics
+from raysys.ingest import examples
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.examples import ShardResult
 from raysys.ingest.groups import in_group, tuning_group
 from raysys.ingest.pipeline import cases_path, examples_path, trial_examples_path
-from raysys.ledger.records import SelectionSpend
+from raysys.ledger.records import SelectionSpend, UserGroup
 from raysys.model.scorer import Head
 from raysys.storage import Root
 from raysys.train import trial
@@ -58,6 +60,23 @@ class TestShard:
         for group, part in ((TRIED, sharded.trial_examples), (TRAINED, sharded.examples)):
             alone = tiny_shop.shard(EVENTS, user_key_id=KEY, group=group).examples
             assert isinstance(part, ExampleSet) and part.to_bytes() == alone.to_bytes()
+
+    def test_a_filter_that_lets_others_into_trials_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sound, calls = examples._in_group, list[UserGroup | None]()
+
+        def broken(
+            users: pl.Series, group: UserGroup | None, settings: examples.ShardSettings
+        ) -> pl.Series:
+            calls.append(group)
+            if group == TRIED and calls.count(TRIED) == 1:
+                return pl.repeat(True, len(users), eager=True)
+            return sound(users, group, settings)
+
+        monkeypatch.setattr(examples, "_in_group", broken)
+        with pytest.raises(PrivacyError, match=r"users outside the group .*index=0"):
+            tiny_shop.shard(EVENTS, user_key_id=KEY, group=TRAINED, tried=TRIED)
 
     def test_a_case_says_whether_trials_may_score_it(self, sharded: ShardResult) -> None:
         users = sorted(EVENTS["user"].unique())

@@ -146,6 +146,18 @@ def test_the_updates_left_are_those_that_really_fit(epsilon_total: float) -> Non
     assert fits == [True] * (left + 1) + [False]
 
 
+def test_an_abandoned_update_that_ran_little_is_not_what_the_next_one_is_like() -> None:
+    config = dataclasses.replace(CONFIG, epsilon_total=1.5)
+    state = with_updates(1)
+    spends = (*state.spends, ("u0002-aaaaaa", dataclasses.replace(SPEND, num_steps=1), "abandoned"))
+    report = report_budget(dataclasses.replace(state, spends=spends), config)
+    left = report.updates_left
+    assert left is not None
+    ran = [spend for _, spend, _ in spends]
+    fits = [epsilon([*ran, *[SPEND] * num], config.delta) <= 1.5 for num in (left, left + 1)]
+    assert fits == [True, False]
+
+
 def test_the_updates_left_stop_being_counted_at_a_thousand() -> None:
     tiny = PrivacySpend(
         num_steps=1, sampling_prob=0.001, noise_multiplier=20.0,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from raysys.ledger.records import PrivacySpend, SelectionSpend, UserGroup
 from raysys.privacy.accounting import epsilon
+from raysys.privacy.charges import charges
 from raysys.privacy.composed import COARSE, FINE, Composed
 
 DELTA = 1e-4
@@ -73,6 +74,12 @@ def test_releases_to_everyone_and_spends_of_other_schemes_are_charged_to_everyon
     assert epsilon([of(0, 0), of(0, 1), counts], DELTA) == equal(epsilon([DAY, counts], DELTA))
     no_counts = dataclasses.replace(both, num_count_releases=0)
     assert epsilon([both], DELTA) > epsilon([no_counts], DELTA)
+    evaluated = [
+        dataclasses.replace(of(0, i), num_evaluations=1, evaluation_noise_multiplier=3.0)
+        for i in (0, 1)
+    ]
+    twice = dataclasses.replace(DAY, num_evaluations=2, evaluation_noise_multiplier=3.0)
+    assert epsilon(evaluated, DELTA) == equal(epsilon([twice], DELTA))
     two_schemes = [of(0, 0), of(0, 1), of(1, 0), of(1, 1)]
     assert epsilon(two_schemes, DELTA) == equal(epsilon([DAY] * 3, DELTA)), "two of the other"
 
@@ -93,6 +100,21 @@ def test_the_trials_of_a_selection_are_charged_to_those_they_read() -> None:
     assert epsilon([tuned], DELTA) == pytest.approx(epsilon([DAY] * 3, DELTA), abs=2e-3)
     everyone = dataclasses.replace(tuned, selection=dataclasses.replace(trials, group=None))
     assert epsilon([everyone], DELTA) == pytest.approx(epsilon([DAY] * 4, DELTA), abs=2e-3)
+
+
+def test_a_repetition_is_charged_to_those_whom_its_trials_read() -> None:
+    """And not to those on whom its release was trained."""
+    read = UserGroup(scheme=SCHEMES[0], index=0)
+    trials = SelectionSpend(
+        method="repeat", num_steps=5, sampling_prob=0.25, noise_multiplier=4.0,
+        score_noise_multiplier=10.0, num_trials=0, mean_trials=3.0, shape=0.0, delta=1e-5,
+        group=read,
+    )  # fmt: skip
+    tuned = dataclasses.replace(of(0, 1), selection=trials)
+    assert {charge.group.index for charge in charges(tuned) if charge.group} == {0, 1}
+    twice = dataclasses.replace(tuned, num_steps=0, group=None)
+    (alone,) = charges(twice)
+    assert alone.group == read
 
 
 def groups() -> st.SearchStrategy[UserGroup | None]:

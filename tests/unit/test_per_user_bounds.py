@@ -142,6 +142,17 @@ def test_a_loss_that_depends_on_other_users_is_found_by_one_more_backward_pass()
         torch.testing.assert_close(found["head.weight"][user], expected)
 
 
+@pytest.mark.parametrize("num_users", [2, 3, 4])
+def test_a_loss_that_depends_on_one_other_user_is_found(num_users: int) -> None:
+    """The last of the first half sees the first of the second."""
+    layer, half = torch.nn.Linear(4, 1), num_users // 2
+    engine, scores = fed(layer, torch.randn(num_users, 4))
+    losses = scores[:, 0].clone()
+    losses[half - 1] = losses[half - 1] + scores[half, 0]
+    with pytest.raises(PrivacyError, match="one user's loss depends on another's rows"):
+        engine.require_independent_users(losses)
+
+
 def test_a_batch_norm_may_not_mix_users() -> None:
     module = torch.nn.Sequential(
         torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, affine=False), torch.nn.Linear(4, 1)

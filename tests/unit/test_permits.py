@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +144,28 @@ def test_the_rules_refuse(records: list[Record], problem: str) -> None:
     state = folded(*before)
     (entry,) = entries([last], first=state.sequence + 1)
     with pytest.raises(LedgerCorruptError, match=problem):
+        state.apply(entry)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_steps": 16},
+        {"sampling_prob": 0.5},
+        {"noise_multiplier": 3.0},
+        {"num_count_releases": 2},
+        {"count_noise_multiplier": 9.0},
+        {"num_evaluations": 2},
+        {"evaluation_noise_multiplier": 0.5},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_commit_may_not_spend_more_of_anything_than_was_reserved(more: dict[str, Any]) -> None:
+    start = dataclasses.replace(START, permits_steps=False)
+    state = folded(start)
+    spent = dataclasses.replace(FULL, **more)
+    (entry,) = entries([committed(start, spent=spent)], first=state.sequence + 1)
+    with pytest.raises(LedgerCorruptError, match="another privacy spend than it reserved"):
         state.apply(entry)
 
 

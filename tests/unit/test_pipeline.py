@@ -7,16 +7,19 @@ import datetime
 import io
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from raysys.config import Config, IngestConfig, PseudonymConfig
+from raysys.config import Config, IngestConfig, PrivacyConfig, PseudonymConfig
 from raysys.errors import PartitionChangedError
-from raysys.ingest import clean_task
+from raysys.ingest import clean_task, pipeline
 from raysys.ingest import read as reading
 from raysys.ingest.clean import CLEAN_COLUMNS
+from raysys.ingest.groups import tuning_group
 from raysys.ingest.pipeline import IngestJob, _clean
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.shards import group_files, read_shard
@@ -188,3 +191,31 @@ def test_a_file_that_is_gone_before_it_is_read_is_no_bug_of_ours(job: IngestJob)
     job.root.delete_prefix(path)
     with pytest.raises(PartitionChangedError, match=f"{path} vanished"):
         clean(job)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["private", "not private"])
+def test_released_counts_have_noise_by_all_the_items_that_one_user_may_raise(
+    job: IngestJob, enabled: bool
+) -> None:
+    """25 items by 1 each are 5 in L2 norm, and noise is 3 times that."""
+    config = dataclasses.replace(
+        job.config,
+        ingest=dataclasses.replace(job.config.ingest, max_items_per_user_period=25),
+        privacy=PrivacyConfig(enabled=enabled, count_noise_multiplier=3.0),
+    )
+    job, nothing = dataclasses.replace(job, config=config), io.BytesIO()
+    schema = {"period": pl.Int32, "item": pl.Int32, "count": pl.Int32}
+    pl.DataFrame(schema=schema).write_parquet(nothing)
+    for shard in range(job.num_shards):
+        job.work.put(pipeline._staged(job, "counts", shard), nothing.getvalue())
+    released = pipeline._release(job, 10_000)
+    # Nine standard errors: the noise has no seed.
+    assert np.std(released) == pytest.approx(15.0 if enabled else 0.0, rel=9 / np.sqrt(20_000))
+
+
+def test_a_shard_is_told_which_users_are_charged(job: IngestJob) -> None:
+    trained, tried = (tuning_group(0.5, job.user_key_id, tuned_on=on) for on in (False, True))
+    charged = dataclasses.replace(job, group=trained, tried=tried)
+    found = pipeline._settings(charged, Mock())
+    assert (found.group, found.tried) == (trained, tried)
+    assert found.user_key_id == job.user_key_id

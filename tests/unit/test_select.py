@@ -78,6 +78,7 @@ def test_the_trials_are_reserved_before_the_data_is_read(shop: Shop) -> None:
     # The trials are handed what the ledger has.
     (trials,) = shop.seen
     assert trials.selection == spent.selection and not trials.own_users
+    assert trials.job(BEST).plan.spend.num_steps == spent.selection.num_steps
     assert trials.job(BEST).plan.spend.noise_multiplier == 6.0
     with pytest.raises(AssertionError, match="the least noise"):
         trials.job({"privacy.noise_multiplier": 3.0})

@@ -17,10 +17,12 @@ from raysys.errors import (
     StorageUnavailableError,
     WorkersLostError,
 )
+from raysys.ledger.log import Log
 from raysys.storage import Root
 from raysys.train import trainer
 from raysys.train.failures import RefuseRetries, told, will_fail_again
 from tests import tiny_shop
+from tests.helpers import started
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -116,3 +118,20 @@ def test_a_run_that_lost_too_many_workers_says_so_in_one_line() -> None:
     outage = StorageUnavailableError("no answer")
     assert told(WorkerGroupError("", {0: RuntimeError(), 1: outage}), 3) is outage
     assert isinstance(told(TrainingFailedError("?"), 3), WorkersLostError)
+
+
+@pytest.mark.parametrize("is_private", [True, False], ids=["private", "not private"])
+def test_a_private_run_asks_the_ledger_for_each_block_another_does_not(
+    is_private: bool, tiny_encoder: str, local_root: Root
+) -> None:
+    job = tiny_shop.train_job(tiny_encoder, plan=tiny_shop.plan(enabled=is_private, num_steps=5))
+    next_steps = trainer._next_steps(job, local_root, "u0001-aaaaaa")
+    if not is_private:
+        assert next_steps(0) == range(0, 5)
+        return
+    with pytest.raises(LeaseLostError):
+        next_steps(0)
+    reserved = job.plan.spend
+    Log(local_root).transact(lambda state: started(reserved=reserved, permits_steps=True))
+    assert next_steps(0) == range(0, 5)
+    assert Log(local_root).refresh().permitted_steps == 5

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import unittest.mock
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
+from raysys.config import parse_config
+from raysys.errors import PrivacyError
 from raysys.evaluate import holdout
 from raysys.evaluate.compare import Weights
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.evaluate.metrics import ranking_metrics
+from raysys.ingest import examples
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.examples import ShardResult
 from raysys.ingest.groups import in_group, tuning_group
-from raysys.ingest.pipeline import cases_path
+from raysys.ingest.pipeline import cases_path, examples_path, trial_examples_path
+from raysys.ledger.records import SelectionSpend, UserGroup
 from raysys.model.scorer import Head
 from raysys.storage import Root
+from raysys.train import trial
+from raysys.train.checkpoint import Checkpoint, Checkpoints
 from raysys.train.output import TrainOutput
+from raysys.train.trial import Look, Trials, run_trial
 from tests import tiny_shop
 
 KEY = "key"
@@ -50,6 +60,23 @@ class TestShard:
         for group, part in ((TRIED, sharded.trial_examples), (TRAINED, sharded.examples)):
             alone = tiny_shop.shard(EVENTS, user_key_id=KEY, group=group).examples
             assert isinstance(part, ExampleSet) and part.to_bytes() == alone.to_bytes()
+
+    def test_a_filter_that_lets_others_into_trials_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sound, calls = examples._in_group, list[UserGroup | None]()
+
+        def broken(
+            users: pl.Series, group: UserGroup | None, settings: examples.ShardSettings
+        ) -> pl.Series:
+            calls.append(group)
+            if group == TRIED and calls.count(TRIED) == 1:
+                return pl.repeat(True, len(users), eager=True)
+            return sound(users, group, settings)
+
+        monkeypatch.setattr(examples, "_in_group", broken)
+        with pytest.raises(PrivacyError, match=r"users outside the group .*index=0"):
+            tiny_shop.shard(EVENTS, user_key_id=KEY, group=TRAINED, tried=TRIED)
 
     def test_a_case_says_whether_trials_may_score_it(self, sharded: ShardResult) -> None:
         users = sorted(EVENTS["user"].unique())
@@ -135,6 +162,75 @@ class TestScore:
     ) -> None:
         same = dataclasses.replace(trained, head=Head.decayed_frequency(8))
         assert self.score(local_root, cases, same) == 0
+
+
+class TestRun:
+    """What a trial reads and what leaves it; its training and its files are replaced."""
+
+    @pytest.fixture
+    def read(
+        self, local_root: Root, sharded: ShardResult, monkeypatch: pytest.MonkeyPatch
+    ) -> list[bytes]:
+        """The shards that trials trained on."""
+        assert sharded.trial_examples is not None
+        local_root.put(examples_path("u", 0), sharded.examples.to_bytes())
+        local_root.put(trial_examples_path("u", 0), sharded.trial_examples.to_bytes())
+        read: list[bytes] = []
+
+        def train(job: Any, shards: Any, activations: Any, held: Checkpoints, until: int) -> None:
+            read.extend(shard.to_bytes() for shard in shards)
+            held.save(Checkpoint(num_steps=until, tensors={}))
+
+        monkeypatch.setattr(trial, "_train", train)
+        for name in ("load_cached", "cache_folder", "write_output", "require_reloads"):
+            monkeypatch.setattr(trial, name, unittest.mock.Mock())
+        monkeypatch.setattr(trial, "read_output", lambda folder: None)
+        return read
+
+    @pytest.fixture
+    def look(self, local_root: Root, tiny_encoder: str, read: list[bytes]) -> Callable[..., Look]:
+        """Runs a trial whose score is 5."""
+
+        def look(*, is_private: bool = True, own_users: bool = False) -> Look:
+            spend = tiny_shop.plan(noise_multiplier=4.0).spend
+            selection = SelectionSpend(
+                method="compose", num_steps=spend.num_steps, sampling_prob=spend.sampling_prob,
+                noise_multiplier=4.0, score_noise_multiplier=10.0, num_trials=2, mean_trials=2.0,
+                shape=0.0, delta=0.0, group=TRIED if own_users else None,
+            )  # fmt: skip
+            trials = Trials(
+                config=parse_config(
+                    {
+                        "root": local_root.uri, "pseudonyms": {"key_file": "key"},
+                        "model": {"encoder": tiny_encoder},
+                    }
+                ),
+                selection=selection if is_private else None, spend=spend,
+                head=Head.decayed_frequency(8), adapted_weights=None, texts=[],
+                text_of_item=tiny_shop.text_of_item(), seed=0, root=local_root, update_id="u",
+                num_shards=1, own_users=own_users, score=lambda output: 5.0,
+            )  # fmt: skip
+            (end,) = run_trial(trials, {})
+            return end
+
+        return look
+
+    def test_its_score_leaves_with_the_noise_that_is_charged(
+        self, look: Callable[..., Look]
+    ) -> None:
+        scores = np.array([look().score for _ in range(200)])
+        # Five standard errors of 200 scores: the noise has no seed.
+        assert scores.std() == pytest.approx(10.0, rel=0.25)
+        assert scores.mean() == pytest.approx(5.0, abs=3.6)
+        assert look(is_private=False).score == 5.0
+
+    def test_it_reads_the_users_who_are_charged_for_it(
+        self, look: Callable[..., Look], read: list[bytes], sharded: ShardResult
+    ) -> None:
+        assert sharded.trial_examples is not None
+        look(own_users=True)
+        look(own_users=False)
+        assert read == [sharded.trial_examples.to_bytes(), sharded.examples.to_bytes()]
 
 
 def _bytes(cases: pl.DataFrame) -> bytes:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from raysys.errors import TrialError
+from raysys.train import tune
 from raysys.train.vault import Result, Vault
 
 DRAWS = [{"train.alpha": 0.1}, {"train.alpha": 0.2}, {"train.alpha": 0.3}]
@@ -54,3 +58,57 @@ def test_a_failed_trial_is_better_than_any_other(vault: Vault) -> None:
     with pytest.raises(TrialError, match=r"selection: train\.alpha=0\.2: not finite; mend") as told:
         vault.winner()
     assert "0.1" not in str(told.value) and "0.3" not in str(told.value)
+
+
+def test_what_is_tried_is_drawn_from_entropy_that_no_seed_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever could draw again would know how many trials there were, and of which one is told."""
+
+    class Drawn(Exception): ...
+
+    def drawn() -> list[Any]:
+        random.seed(0)
+
+        def fill(draws: list[Any]) -> None:
+            raise Drawn(draws)
+
+        space = {"train.learning_rate": tuple(range(1000))}
+        trials: Any = SimpleNamespace(
+            selection=object(), config=SimpleNamespace(tune=SimpleNamespace(space=space)), seed=0
+        )
+        vault = SimpleNamespace(fill=SimpleNamespace(remote=fill))
+        with pytest.raises(Drawn) as told:
+            tune._select_privately(trials, vault)
+        return list(told.value.args[0])
+
+    numbers: list[float] = []
+
+    def draw_num_trials(selection: Any, rng: random.Random) -> int:
+        numbers.append(rng.random())
+        return 5
+
+    monkeypatch.setattr(tune, "draw_num_trials", draw_num_trials)
+    first, second = drawn(), drawn()
+    assert first != second and numbers[0] != numbers[1]
+
+
+@pytest.mark.parametrize(("is_private", "told"), [(True, RuntimeError), (False, ValueError)])
+def test_what_a_private_trial_failed_of_is_told_to_the_vault_alone(
+    is_private: bool, told: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune writes down and prints what reaches it."""
+    monkeypatch.setattr(tune.ray, "get", lambda answer: answer)
+    kept = Vault()
+    vault = SimpleNamespace(fail=SimpleNamespace(remote=kept.fail))
+    trials: Any = SimpleNamespace(selection=object() if is_private else None)
+    with (
+        pytest.raises(told) as raised,
+        tune._failing_all(trials, {"train.alpha": 0.125}, vault),
+    ):
+        raise ValueError("a loss of 0.625")
+    error = raised.value
+    assert ("0.625" in str(error)) != is_private
+    assert error.__cause__ is None and error.__suppress_context__ == is_private
+    with pytest.raises(TrialError, match=r"train\.alpha=0\.125: ValueError; mend"):
+        kept.winner()

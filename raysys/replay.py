@@ -47,11 +47,6 @@ from raysys.train.loop import TrainJob
 from raysys.train.output import TrainOutput
 from raysys.train.trainer import train
 
-_WHY_NOT = (
-    "a selected trial can be trained again only without privacy, and if its hyperparameters did "
-    "not change on the way, which tune.scheduler: pbt does not see to"
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Replayed:
@@ -100,7 +95,7 @@ def replay(
         on_progress(f"{ingested.num_examples:,} examples are those of {commit.update_id}")
         with_weights = _can_train_again(commit, then)
         if commit.selected and not with_weights:
-            on_progress(f"the weights of {commit.update_id} are not compared: {_WHY_NOT}")
+            on_progress(f"the weights of {commit.update_id} are not compared: {_why_not(commit)}")
         if with_weights:
             trained = _train(work, root, state, commit, _as_trained(commit, then), ingested)
             _compare_weights(root, commit, trained)
@@ -113,6 +108,14 @@ def replay(
         num_shards=ingested.num_shards,
         weights=with_weights,
     )
+
+
+def _why_not(commit: UpdateCommitted) -> str:
+    if commit.private:
+        return "private noise has no seed"
+    if commit.version is None:
+        return "it was held, so they were not kept"
+    return "with tune.scheduler: pbt the trial's hyperparameters changed on the way"
 
 
 def _can_train_again(commit: UpdateCommitted, config: Config) -> bool:

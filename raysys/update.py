@@ -193,7 +193,11 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
     _list_set_aside(run, ingested)
     run.lease.check()
     ready = _prepare(run, ingested)
-    outcome = strategy.train(ready)
+    try:
+        outcome = strategy.train(ready)
+    except FileNotFoundError:
+        run.lease.check()  # whoever took over has deleted what this update was working on
+        raise
     trained = outcome.output
     run = dataclasses.replace(run, config=outcome.config)
     run.lease.check()

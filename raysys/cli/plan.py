@@ -211,4 +211,6 @@ def _noise_line(shop: Config, spend: PrivacySpend) -> str:
     """Returns where the noise comes from, and whether the budget lasts for the horizon with it."""
     from raysys.privacy.calibrate import describe
 
+    if spend.selection is not None:
+        return f"{spend.selection.noise_multiplier:g} or more, as a trial draws from tune.space"
     return describe(shop, spend.noise_multiplier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +15,16 @@ from raysys.ledger.state import State
 
 
 def print_result(body: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
-    """Prints the one object, or the lines."""
-    typer.echo(json.dumps(body, allow_nan=False) if as_json else "\n".join(lines))
+    """Prints the one object, or the lines. An infinite epsilon is null: JSON has no such number."""
+    typer.echo(json.dumps(_finite(body), allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -78,7 +87,7 @@ def rollout_lines(state: State) -> list[str]:
 
 def is_private(state: State, shop: Config) -> bool:
     """Returns whether all that was trained and will be is private."""
-    return shop.privacy.enabled and all(update.private for update in state.committed)
+    return shop.privacy.enabled and not state.not_private
 
 
 def privacy_lines(state: State, shop: Config) -> list[str]:
@@ -87,5 +96,4 @@ def privacy_lines(state: State, shop: Config) -> list[str]:
         return []
     from raysys.privacy.statement import NOT_PRIVATE
 
-    public = [update.update_id for update in state.committed if not update.private]
-    return [f"{NOT_PRIVATE} Updates: {', '.join(public) or 'none yet'}"]
+    return [f"{NOT_PRIVATE} Updates: {', '.join(state.not_private) or 'none yet'}"]

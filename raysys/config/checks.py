@@ -18,6 +18,7 @@ Bound = tuple[Callable[[float], bool], str]
 NOT_NEGATIVE: Bound = (lambda value: value >= 0, ">= 0")
 AT_LEAST_1: Bound = (lambda value: value >= 1, ">= 1")
 POSITIVE: Bound = (lambda value: 0 < value < math.inf, "> 0")
+NOISE: Bound = (lambda value: 0.3 <= value < math.inf, ">= 0.3: less noise protects nobody")
 FRACTION: Bound = (lambda value: 0 < value < 1, "a fraction in (0, 1)")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from raysys.config.checks import AT_LEAST_1, FRACTION, NOT_NEGATIVE, POSITIVE, check, require
+from raysys.config.checks import AT_LEAST_1, FRACTION, NOISE, NOT_NEGATIVE, POSITIVE, check, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +144,12 @@ class PrivacyConfig:
     """Fixed normaliser of a step's sum. A constant: the true number of users is private."""
 
     def __post_init__(self) -> None:
-        check(self, "privacy", POSITIVE, "epsilon_total", "l2_clip_norm", "count_noise_multiplier")
+        check(self, "privacy", POSITIVE, "epsilon_total", "l2_clip_norm")
+        check(self, "privacy", NOISE, "count_noise_multiplier")
         check(self, "privacy", FRACTION, "delta")
         check(self, "privacy", AT_LEAST_1, "expected_batch_users", "cohorts")
         if self.noise_multiplier is not None:
-            check(self, "privacy", POSITIVE, "noise_multiplier")
+            check(self, "privacy", NOISE, "noise_multiplier")
         if self.horizon is not None:
             check(self, "privacy", AT_LEAST_1, "horizon")
         prob = self.sampling_prob
@@ -180,7 +181,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self, "evaluate", AT_LEAST_1, "window_days", "max_users", "num_bootstrap")
-        check(self, "evaluate", POSITIVE, "noise_multiplier")
+        check(self, "evaluate", NOISE, "noise_multiplier")
         for name in ("max_difference", "sample_fraction"):
             value = getattr(self, name)
             require(0 < value <= 1, f"evaluate.{name}", value, "a fraction in (0, 1]")

@@ -6,6 +6,7 @@ Comparison + GateConfig -> judge() -> Decision (passed | held, with the reason)
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from raysys.config import GateConfig
 from raysys.evaluate.metrics import Comparison
@@ -35,6 +36,11 @@ def judge(comparison: Comparison, config: GateConfig) -> Decision:
     shown = (
         f"NDCG@10 {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] on {about}{num} users"
     )
+    if math.isnan(change.low):
+        return _held(
+            f"the change of NDCG@10 on {about}{num} users cannot be told"
+            f"{_too_noisy(comparison, config)}"
+        )
     # Written so that a NaN holds back.
     if not change.low >= -config.max_ndcg10_drop:
         return _held(

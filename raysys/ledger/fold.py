@@ -72,6 +72,7 @@ class Draft:
     active: ActiveUpdate | None
     committed: list[UpdateCommitted]
     abandoned: list[UpdateAbandoned]
+    not_private: list[str]
     num_started: int
     num_rollouts: int
     consumed_files: dict[str, FileRef]
@@ -251,6 +252,9 @@ def _start(draft: Draft, record: UpdateStarted, entry: Entry) -> None:
         renewed_in=entry.sequence,
     )
     draft.num_started += 1
+    # A rotation is started without partitions: it trains nothing.
+    if record.partitions and not record.private:
+        draft.not_private.append(record.update_id)
     draft.kept_loss = record.kept_loss or draft.kept_loss
     if record.reserved is not None:
         draft.place_in_spends[record.update_id] = len(draft.spends)

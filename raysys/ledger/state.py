@@ -44,6 +44,9 @@ class State:
     committed: tuple[UpdateCommitted, ...] = ()
     """In order, held ones included."""
     abandoned: tuple[UpdateAbandoned, ...] = ()
+    not_private: tuple[str, ...] = ()
+    """Updates that read data without privacy, whatever became of them: also one that was abandoned
+    may have written weights that anybody saw."""
     num_started: int = 0
     num_rollouts: int = 0
     consumed_files: Mapping[str, FileRef] = dataclasses.field(default_factory=lambda: _EMPTY)

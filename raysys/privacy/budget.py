@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 from raysys.config import PrivacyConfig
@@ -137,6 +138,12 @@ def check_reservation(
     """
     spent = life_so_far(root, state)
     after = spent.plus(*further).epsilon(config.delta)
+    if math.isinf(after):
+        raise BudgetExhaustedError(
+            f"privacy.delta: at {config.delta:g} there is no finite epsilon, since a selection by "
+            "repetition was, or would be, charged at a delta that is not below it; set a larger "
+            "privacy.delta, or a smaller tune.delta_fraction before the selection"
+        )
     if after > config.epsilon_total:
         what = "this update" if len(further) == 1 else f"these {len(further)} updates"
         raise BudgetExhaustedError(

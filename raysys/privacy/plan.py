@@ -16,6 +16,7 @@ import torch
 
 from raysys.config import PrivacyConfig
 from raysys.ledger.records import PrivacySpend, UserGroup
+from raysys.privacy.entropy import unguessable_generator
 from raysys.privacy.optimizer import DistributedPerUserOptimizer
 from raysys.privacy.sampling import PoissonSampler
 from raysys.privacy.spend import mechanisms
@@ -98,11 +99,10 @@ class PrivacyPlan:
         Needs an initialised `torch.distributed` group. Opacus divides the sum by the number of
         workers as well, hence the share of the fixed normaliser. Without privacy nothing is
         clipped and no noise is added; sampling and normaliser stay the same. Noise has a generator
-        of its own, from the operating system's entropy: no seed set elsewhere can repeat it.
+        of its own, filled with the operating system's entropy: no seed can repeat it.
         """
         # Noise is drawn where the gradients are.
-        generator = torch.Generator(inner.param_groups[0]["params"][0].device)
-        generator.seed()
+        generator = unguessable_generator(inner.param_groups[0]["params"][0].device)
         return DistributedPerUserOptimizer(
             inner,
             noise_multiplier=self.spend.noise_multiplier if self.enabled else 0.0,

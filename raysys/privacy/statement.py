@@ -93,7 +93,7 @@ def build_statement(state: State, config: Config, root: Root | None = None) -> S
     from raysys.privacy.accounting import ACCOUNTANT, RELATION, UNIT
     from raysys.privacy.budget import spent_epsilon
 
-    voided_by = tuple(_voided_by(state))
+    voided_by = state.not_private
     private = config.privacy.enabled and not voided_by
     return Statement(
         private=private,
@@ -110,13 +110,6 @@ def build_statement(state: State, config: Config, root: Root | None = None) -> S
         not_covered=tuple(_not_covered(state, config)) if private else (),
         caps=tuple(_caps(config)) if private else (),
     )
-
-
-def _voided_by(state: State) -> Iterable[str]:
-    yield from (update.update_id for update in state.committed if not update.private)
-    # A rotation is started without partitions: it trains nothing.
-    if state.started and state.started.partitions and not state.started.private:
-        yield state.started.update_id
 
 
 def _charged(state: State) -> Iterable[str]:
@@ -203,12 +196,16 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
         "asked before is faster), and the events that they write"
     )
     if any(spend.selection is not None for _, spend, _ in state.spends):
-        yield "number and timing of a selection's trials, for who watches the cluster meanwhile"
+        yield (
+            "number and timing of a selection's trials, for who watches the cluster meanwhile or "
+            "reads from the ledger's times how long it took"
+        )
     yield "how long an update takes, and what logs, dashboards, staging/ and quarantine/ show of it"
     yield _constants(config)
     yield (
-        "arithmetic: the noise is floating-point Gaussian from a generator that is not "
-        "cryptographic, and the last digits of a sum depend on who shares a batch"
+        "arithmetic: the noise is floating-point Gaussian from generators that are filled with the "
+        "operating system's entropy but not cryptographic, and the last digits of a sum depend on "
+        "who shares a batch"
     )
 
 

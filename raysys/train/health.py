@@ -105,6 +105,11 @@ def require_same_texts(trained: FloatArray, written: FloatArray) -> None:
     Raises:
       HealthError: They do not.
     """
+    if not np.isfinite(trained).all():
+        raise HealthError(
+            "what was trained embeds texts as numbers that are not finite: lower "
+            "train.learning_rate or train.bootstrap_learning_rate"
+        )
     worst = float(np.abs(trained - written).max(initial=0.0))
     if not worst <= TRAINED_TOLERANCE:
         raise HealthError(

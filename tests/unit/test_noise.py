@@ -131,11 +131,9 @@ def test_runs_and_ranks_and_steps_never_share_noise(world: None, noisy_ranks: Ra
 def test_noise_of_a_shared_generator_is_noticed(
     world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Seeded(torch.Generator):
-        def seed(self) -> int:
-            return self.manual_seed(0).initial_seed()
-
-    monkeypatch.setattr("torch.Generator", Seeded)
+    monkeypatch.setattr(
+        "raysys.privacy.plan.unguessable_generator", lambda _: torch.Generator().manual_seed(0)
+    )
     assert is_shared(empty_step(1, 10_000)[1], empty_step(1, 10_000)[1])
 
 

@@ -173,6 +173,11 @@ class TestVoid:
     def test_one_that_runs_does_too(self) -> None:
         assert not build_statement(folded(update(1, None)), config()).private
 
+    def test_one_that_was_abandoned_does_too_as_its_weights_may_have_been_seen(self) -> None:
+        without = update(1, None)
+        found = build_statement(folded(without, abandoned()), config())
+        assert found.lines() == [f"{NOT_PRIVATE} Updates: u0001-aaaaaa"]
+
     def test_a_rotation_of_keys_does_not(self) -> None:
         first = update(1, SPEND)
         rotation = started("u0002-aaaaaa", partitions=(), reserved=None, private=False,

@@ -15,6 +15,7 @@ from raysys import select, update
 from raysys.cli import app
 from raysys.config import load_config
 from raysys.errors import ConfigError, TrialError
+from raysys.ingest.pipeline import IngestJob
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.recipe import Recipe
@@ -123,9 +124,19 @@ def test_a_shard_trains_again_on_the_others_with_what_was_chosen(
         jobs.append(job)
         return train(job, *rest, **named)
 
+    ingested: list[IngestJob] = []
+
+    def ingest(job: IngestJob, item_files: Any) -> Any:
+        ingested.append(job)
+        return shop.steps.ingest(job, item_files)
+
     monkeypatch.setattr(update, "train", recording)
+    monkeypatch.setattr(update, "ingest", ingest)
     commit = shop.update()
     (trials,) = shop.seen
+    assert trials.selection is not None and commit.spent is not None
+    read = [(job.tried, job.group) for job in ingested]
+    assert read == [(trials.selection.group, commit.spent.group)]
     assert trials.own_users and trials.selection is not None
     of_trial, (final,) = trials.job(BEST).plan.spend, [job.plan.spend for job in jobs]
     assert of_trial.group is not None and final.group is not None

@@ -127,7 +127,7 @@ class RankerModule(torch.nn.Module):
         self._engine.backward(loss)
 
     def require_independent_users(self, loss: torch.Tensor) -> None:
-        """Checks that no user's loss depends on another user's rows, at the price of a backward.
+        """Checks that no user's loss depends on another user's rows, by two more backward passes.
 
         Args:
           loss: As `backward`, which may follow.

@@ -55,7 +55,10 @@ def describe(config: Config, noise_multiplier: float) -> str:
     if privacy.noise_multiplier is None:
         source = "the default" if privacy.horizon is None else "calibrated"
     at_least = "at least " if paid >= max(MAX_UPDATES_COUNTED, privacy.horizon or 0) else ""
-    lasts = f"epsilon_total {privacy.epsilon_total:g} pays for {at_least}{paid} updates from the first one on"
+    lasts = (
+        f"epsilon_total {privacy.epsilon_total:g} pays for {at_least}{paid} updates from the first "
+        "one on"
+    )
     if privacy.horizon is not None:
         lasts += f", privacy.horizon is {privacy.horizon}"
     return f"{noise_multiplier:g}, {source}: {lasts} ({statement(privacy.delta)})"

@@ -97,7 +97,8 @@ class Stepper:
             # Once, before the first gradient is used: later steps compute by the same code.
             check = not self._is_checked
             self.losses.extend(backward(self._module, batch, self._train.loss, check=check))
-            self._is_checked = True
+            # Of one user nothing can be told.
+            self._is_checked = self._is_checked or len(batch["gains"]) > 1
 
 
 def backward(

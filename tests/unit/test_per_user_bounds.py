@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -127,7 +128,7 @@ class _InBatch(torch.nn.Module):
         return cross_entropy(scores, torch.arange(len(x)), reduction="none")
 
 
-def test_a_loss_that_depends_on_other_users_is_found_by_one_more_backward_pass() -> None:
+def test_a_loss_that_depends_on_other_users_is_found_before_the_backward_pass() -> None:
     engine, losses = fed(_InBatch(), torch.randn(5, 4))
     with pytest.raises(PrivacyError, match="one user's loss depends on another's rows"):
         engine.require_independent_users(losses)
@@ -142,15 +143,23 @@ def test_a_loss_that_depends_on_other_users_is_found_by_one_more_backward_pass()
         torch.testing.assert_close(found["head.weight"][user], expected)
 
 
-@pytest.mark.parametrize("num_users", [2, 3, 4])
-def test_a_loss_that_depends_on_one_other_user_is_found(num_users: int) -> None:
-    """The last of the first half sees the first of the second."""
-    layer, half = torch.nn.Linear(4, 1), num_users // 2
-    engine, scores = fed(layer, torch.randn(num_users, 4))
-    losses = scores[:, 0].clone()
-    losses[half - 1] = losses[half - 1] + scores[half, 0]
-    with pytest.raises(PrivacyError, match="one user's loss depends on another's rows"):
-        engine.require_independent_users(losses)
+def test_whichever_other_user_a_loss_depends_on_it_is_found() -> None:
+    layer = torch.nn.Linear(4, 1)
+    for num_users in (2, 4, 7):
+        for user, other in itertools.permutations(range(num_users), 2):
+            engine, scores = fed(layer, torch.randn(num_users, 4))
+            losses = scores[:, 0].clone()
+            losses[user] = losses[user] + 1e-3 * scores[other, 0]
+            with pytest.raises(PrivacyError, match="one user's loss depends on another's rows"):
+                engine.require_independent_users(losses)
+            engine.detach()
+
+
+def test_losses_of_many_users_by_themselves_pass_one_of_nan_included() -> None:
+    layer, x = torch.nn.Linear(4, 1), torch.randn(40, 4)
+    x[3] = torch.nan
+    engine, scores = fed(layer, x)
+    engine.require_independent_users((scores[:, 0] * 1e-20).square())
 
 
 def test_a_batch_norm_may_not_mix_users() -> None:

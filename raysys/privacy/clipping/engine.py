@@ -22,6 +22,8 @@ from raysys.privacy.clipping.layers import Forward, known_parameters, replacemen
 from raysys.privacy.clipping.rows import UserRows
 from raysys.privacy.clipping.samples import dense, require_per_user_gradients
 
+_NUM_POWERS = 8
+
 
 class PerUserGradients:
     """Per-user gradients of a module's trainable parameters, in one backward pass.
@@ -142,23 +144,27 @@ class PerUserGradients:
             self._fed = []
 
     def require_independent_users(self, loss: torch.Tensor) -> None:
-        """Checks by one more backward pass that no user's loss depends on another user's rows.
+        """Checks by two more backward passes that no user's loss depends on another user's rows.
 
         Negatives from the batch, or any normalisation over it, let one user move the gradients
-        of all others, which no clip bounds. The check is worth its cost in the first step; it
-        leaves no gradients, and the graph for `backward`.
+        of all others, which no clip bounds. Each user's gradient must be the same number of times
+        as large as that user's loss is counted, however often others' are: by powers of two, which
+        change no digit. The check is worth its cost in the first step; it leaves no gradients, and
+        the graph for `backward`. Of one user it says nothing.
 
         Raises:
-          PrivacyError: The loss of half of the users moves a gradient of the other half.
+          PrivacyError: The loss of a user moves another user's gradient.
         """
         self._require_may_run(loss)
         self._in_backward = True
-        half = len(loss) // 2
+        generator = torch.Generator()  # its own: the check must not move what training draws
+        generator.seed()
+        # Of two users always two powers.
+        times = 2.0 ** (torch.randperm(len(loss), generator=generator) % _NUM_POWERS)
         try:
-            loss[:half].sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            for name, parameter in self._trainable:
-                sample = getattr(parameter, "grad_sample", None)
-                if sample is not None and dense(sample)[half:].any():
+            once = self._gradients(loss, torch.ones_like(times))
+            for name, found in self._gradients(loss, times).items():
+                if not _is_multiple(found, once[name], times):
                     raise PrivacyError(
                         f"{name}: one user's loss depends on another's rows, which no clip bounds; "
                         "compute each user's loss from that user's rows alone"
@@ -166,6 +172,13 @@ class PerUserGradients:
         finally:
             self._clear()
             self._in_backward = False
+
+    def _gradients(self, loss: torch.Tensor, times: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns per-user gradients (U, ...) by name, each user's loss counted `times` (U,)."""
+        self._clear()
+        (loss * times.to(loss)).sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        samples = [(name, getattr(p, "grad_sample", None)) for name, p in self._trainable]
+        return {name: dense(sample).clone() for name, sample in samples if sample is not None}
 
     def _replace(self, layer: torch.nn.Module, forward: Forward) -> None:
         layer.forward = _PerUserForward(forward, layer.forward)
@@ -248,6 +261,17 @@ class _PerUserForward:
             "a copy of this module would compute with the original's weights; detach the engine "
             "before copying"
         )
+
+
+def _is_multiple(found: torch.Tensor, once: torch.Tensor, times: torch.Tensor) -> bool:
+    """Returns whether each user's gradient is that many `times` (U,) the one counted once."""
+    expected = (once * times.to(once).view(-1, *[1] * (once.dim() - 1))).flatten(1)
+    # Sums on a GPU may add in another order each time.
+    tolerance = 1e-6 if once.device.type == "cpu" else 1e-3
+    difference = (found.flatten(1) - expected).norm(dim=1)
+    # A user of NaN is not another user's doing.
+    small = difference <= tolerance * expected.norm(dim=1) + 1e-30
+    return bool((small | difference.isnan()).all())
 
 
 def _require_known(module: torch.nn.Module) -> None:

@@ -147,7 +147,7 @@ class Lease:
         seen = self._log.refresh().active
         seen_at = self._monotonic()
         active = seen
-        while active is not None and active == seen:
+        while active is not None and _is_unrenewed(active, seen):
             # Only now that the newest records were read does the time count as silence.
             left_s = active.silence_s - (self._monotonic() - seen_at)
             if left_s <= 0:
@@ -161,7 +161,7 @@ class Lease:
     def _expired(self, state: State, seen: ActiveUpdate | None) -> UpdateAbandoned | None:
         if state.active is None:
             return None
-        if state.active != seen:
+        if not _is_unrenewed(state.active, seen):
             raise self._held(state.active)
         return UpdateAbandoned(update_id=state.active.update_id, reason="lease expired")
 
@@ -224,3 +224,11 @@ def _reason(error: BaseException) -> str:
     # Messages of other libraries may quote rows, and a raw user id must not get below the root.
     detail = f": {error}" if isinstance(error, RaysysError) else "; see the job's log"
     return " ".join(f"{type(error).__name__}{detail}".split())[:500]
+
+
+def _is_unrenewed(active: ActiveUpdate, seen: ActiveUpdate | None) -> bool:
+    """Returns whether its updater has not renewed since it was `seen`.
+
+    Permits of steps do not count: workers ask for them, for a while also those of a dead updater.
+    """
+    return seen is not None and active.renewed_in == seen.renewed_in

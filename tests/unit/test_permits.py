@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.config import PrivacyConfig
-from raysys.errors import LedgerCorruptError
+from raysys.errors import LeaseHeldError, LedgerCorruptError
 from raysys.ingest.groups import cohort_group
 from raysys.ledger import fold
 from raysys.ledger.explain import explain
+from raysys.ledger.lease import Lease
+from raysys.ledger.log import Log
 from raysys.ledger.records import (
     Entry,
     PrivacySpend,
@@ -26,8 +28,10 @@ from raysys.ledger.records import (
 )
 from raysys.ledger.state import State
 from raysys.privacy.budget import report_budget, spent_epsilon
+from raysys.storage import Root
 from tests.helpers import (
     SPEND,
+    FakeClock,
     abandoned,
     committed,
     entries,
@@ -171,6 +175,41 @@ def test_a_commit_may_not_spend_more_of_anything_than_was_reserved(more: dict[st
 
 def test_a_permit_explains_itself() -> None:
     assert explain(permit(5)) == "u0001-aaaaaa may run private steps up to its 5."
+
+
+@pytest.mark.parametrize("renews", [False, True], ids=["dead", "alive"])
+def test_workers_of_a_dead_updater_that_still_ask_do_not_keep_its_lease(
+    local_root: Root, renews: bool
+) -> None:
+    """They notice its end late; what they were permitted meanwhile is charged."""
+    clock = FakeClock()
+    log = Log(local_root, clock)
+
+    def lease(owner: str, sleep: Callable[[float], None]) -> Lease:
+        return Lease(log, owner=owner, duration_s=10.0, clock=clock, monotonic=clock, sleep=sleep)
+
+    with lease("one", clock.advance) as first:
+        first.start(lambda state: START)
+        asked: list[int] = []
+
+        def sleep(seconds: float) -> None:
+            clock.advance(seconds)
+            if not asked:
+                log.transact(lambda state: permit(5))
+                asked.append(5)
+                if renews:
+                    first.renew()
+
+        with lease("two", sleep) as second:
+            follower = dataclasses.replace(START, update_id="u0002-aaaaaa")
+            if renews:
+                with pytest.raises(LeaseHeldError, match="renewed just now"):
+                    second.start(lambda state: follower)
+                return
+            second.start(lambda state: follower)
+            (_, spend, status), _ = log.refresh().spends
+            assert (spend.num_steps, status) == (5, "abandoned")
+            first._done.set()
 
 
 class TestReferenceLife:

@@ -21,8 +21,9 @@ from raysys.privacy.audit import CONFIDENCE
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds what an audit can be told."""
     parser.add_argument(
-        "--canaries", type=int, default=NUM_CANARIES, metavar="M",
-        help="canary users, each taking part with probability 1/2; %(default)s by default",
+        "--canaries", type=int, metavar="M",
+        help=f"canary users, each taking part with probability 1/2; {NUM_CANARIES} by default, or as "
+        "many as there are trained weights",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="T", help="train.num_steps by default")
     parser.add_argument(
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(
     config: Config,
     *,
-    canaries: int,
+    canaries: int | None,
     steps: int | None,
     runs: int,
     confidence: float,

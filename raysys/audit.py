@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,8 +27,9 @@ from raysys.ingest.items import read_items
 from raysys.ingest.sample import max_candidates
 from raysys.ingest.stats import item_texts
 from raysys.ledger.records import FileRef
-from raysys.model.adapter import activations_cut
+from raysys.model.adapter import Adapter, activations_cut
 from raysys.model.encoder import TextEncoder
+from raysys.model.ranker import HeadModule
 from raysys.model.scorer import Head
 from raysys.partitions.layout import ITEMS
 from raysys.privacy.accounting import ACCOUNTANT, RELATION, UNIT, epsilon
@@ -50,6 +52,7 @@ from raysys.train.canaries import Canaries
 from raysys.train.loop import TrainJob, train_on_shards
 
 NUM_CANARIES = 1000
+"""By default, or as many as there are trained weights if these are fewer."""
 MIN_CANARIES = 50
 """Of fewer, no bound says anything."""
 _MAX_OTHERS = 500
@@ -107,7 +110,7 @@ class AuditReport:
 def audit(
     config: Config,
     *,
-    num_canaries: int = NUM_CANARIES,
+    num_canaries: int | None = None,
     num_steps: int | None = None,
     num_runs: int = 1,
     confidence: float = CONFIDENCE,
@@ -116,7 +119,7 @@ def audit(
     """Trains on made-up users and canaries, and returns what the canaries' gradients show.
 
     Args:
-      num_canaries: Of each run; at most one for each trained weight.
+      num_canaries: Of each run; at most one for each trained weight. `NUM_CANARIES` by default.
       num_steps: `train.num_steps` by default.
       num_runs: Independent ones: what they show counts together.
 
@@ -124,6 +127,8 @@ def audit(
       ConfigError: Without privacy nothing is claimed; or a value is out of bounds.
     """
     num_steps = config.train.num_steps if num_steps is None else num_steps
+    if num_canaries is None:
+        num_canaries = min(NUM_CANARIES, _num_trained_weights(config))
     _check(config, num_canaries, num_steps, num_runs, confidence)
     # With a horizon the config itself names no noise.
     privacy = dataclasses.replace(config.privacy, noise_multiplier=noise_multiplier_of(config))
@@ -155,6 +160,15 @@ def _check(
     require(num_steps >= 1, "--steps", num_steps, ">= 1")
     require(num_runs >= 1, "--runs", num_runs, ">= 1")
     require(0 < confidence < 1, "--confidence", confidence, "a fraction in (0, 1)")
+
+
+def _num_trained_weights(config: Config) -> int:
+    """Returns how many numbers an update trains."""
+    encoder = TextEncoder(config.model.encoder, config.model.max_tokens)
+    adapter = Adapter.fresh(encoder, config.model, {}, num_steps=1)
+    head = HeadModule(Head.decayed_frequency(config.model.hidden_units))
+    parameters = itertools.chain(adapter.encoder.model.parameters(), head.parameters())
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def _claim(plan: PrivacyPlan) -> Claim:

@@ -105,6 +105,7 @@ def select_best(ready: Ready) -> Outcome:
         num_steps=spend.num_steps,
         selected=best.values,
         metrics={"selection": _told(best.score, ready)},
+        after_trials=True,
         tells_time=selection is None or selection.method == "compose",
     )
 

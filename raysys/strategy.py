@@ -65,6 +65,8 @@ class Outcome:
     """Dotted config key -> what a selection chose."""
     metrics: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Of the selection, kept beside those of the comparison."""
+    after_trials: bool = False
+    """Whether held-out users of `Case.scores_trials` chose it, and cannot judge it too."""
     tells_time: bool = True
     """False where the time that the update took would tell what must not be told."""
 

@@ -210,6 +210,7 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
         after=Weights(head=trained.head, text=trained.text_after),
         config=run.config.evaluate,
         num_shards=ingested.num_shards,
+        after_trials=outcome.after_trials,
     )
     decision = judge(comparison, run.config.gate)
     run.on_progress(f"gate {decision.verdict}: {decision.reason}")

@@ -22,7 +22,7 @@ from tests import per_user, tiny_shop
 NUM_USERS, NUM_STEPS = 10_000, 50
 SAMPLING_PROB = 0.0256
 WORLD_SIZE = 2
-ENGINE_ADAPTERS = ("LoRA", "FFA-LoRA", "AdaLoRA", "LayerNorm", "bias")
+ENGINE_ADAPTERS = ("LoRA", "FFA-LoRA", "AdaLoRA", "LayerNorm", "Linear", "bias")
 """Kinds of trainable layers of `tests.per_user` whose gradients both ranks compute."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raysys.cli.options import ConfigOption, JsonOption, TuneOption, open_shop
 from raysys.cli.show import active_json, active_lines, print_result, table
-from raysys.config import Config
+from raysys.config import Config, ModelConfig
 from raysys.errors import ConfigError, RaysysError
 from raysys.ledger.records import PartitionRef, PrivacySpend
 from raysys.ledger.state import State
@@ -120,7 +121,15 @@ def _refusal(
         if shop.privacy.enabled:
             check_reservation(state, [spend], shop.privacy, Root(shop.root))
 
-    checks: Sequence[Callable[[], None]] = (key, budget, lambda: check_catalogue(planned))
+    def targets() -> None:
+        # PEFT takes seconds to import, and targets that are not set are there in any encoder.
+        if shop.model.target_modules != ModelConfig().target_modules:
+            from raysys.model.adapter import activations_cut
+
+            activations_cut(shop.model)
+
+    catalogue = functools.partial(check_catalogue, planned)
+    checks: Sequence[Callable[[], None]] = (key, budget, targets, catalogue)
     for check in checks:
         try:
             check()

@@ -71,12 +71,14 @@ def compare(
     after: Weights,
     config: EvaluateConfig,
     num_shards: int,
+    after_trials: bool = False,
 ) -> Comparison:
     """Compares two sets of weights on the update's evaluation window, all items as candidates.
 
     Args:
       items: The item statistics that were public when the window began.
       text_of_item: (N,) index of each item's text.
+      after_trials: Leaves out the users who chose the weights: see `Case.scores_trials`.
     """
     arms = ray.put(Arms(items=items, text_of_item=text_of_item, before=before, after=after))
     evaluate = functools.partial(
@@ -86,6 +88,7 @@ def compare(
         arms=arms,
         config=config,
         num_shards=num_shards,
+        after_trials=after_trials,
     )
     taken = run_tasks(evaluate, range(num_shards), num_cpus=0.5)
     if config.private:
@@ -118,17 +121,22 @@ def _evaluate_shard(
     arms: ray.ObjectRef[Arms],
     config: EvaluateConfig,
     num_shards: int,
+    after_trials: bool,
 ) -> dict[str, Any]:
     cases = list(read_cases(root.read_bytes(cases_path(update_id, shard))))
-    figures = measure(chosen(cases, config, num_shards), ray.get(arms))
+    figures = measure(chosen(cases, config, num_shards, after_trials), ray.get(arms))
     if config.private:
         return {"total": Release.of(config).total(figures).tolist()}
     both = np.stack([figures.before, figures.after], axis=1)[figures.held_out]
     return {"prequential": figures.before.tolist(), "holdout": both.tolist()}
 
 
-def chosen(cases: list[Case], config: EvaluateConfig, num_shards: int) -> list[Case]:
+def chosen(
+    cases: list[Case], config: EvaluateConfig, num_shards: int, after_trials: bool = False
+) -> list[Case]:
     """Returns the cases of a shard that are scored."""
+    if after_trials:
+        cases = [case for case in cases if not case.scores_trials]
     if config.private:
         return [case for case in cases if case.draw < config.sample_fraction]
     # Held-out users first: the comparison needs all of them, the prequential figure a sample.

@@ -1,10 +1,11 @@
-"""The score of a selection's trial: how much better it ranks for the window's held-out users.
+"""The score of a selection's trial: how much better it ranks for half of the held-out users.
 
     cases below staging/ + a trial's weights -> holdout_gain() -> train.trial adds the noise
 
 A sum over users of each one's change of NDCG@10 against the previous version, clipped: what one
 user can move is the clip, ten times less than with NDCG@10 itself, and so is the noise. No cap on
-how many users are scored and no mean over their number, which would let one user move others.
+how many users are scored and no mean over their number, which would let one user move others. The
+other half judges the winner: the best of several is best by luck too, on those who chose it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class HoldoutScore:
         after, total = Weights(head=trained.head, text=trained.text_after), 0.0
         for shard in range(self.num_shards):
             for case in read_cases(self.root.read_bytes(cases_path(self.update_id, shard))):
-                if case.held_out and case.tried:
+                if case.scores_trials:
                     total += self._change(case, before, after)
         return total
 

@@ -34,13 +34,21 @@ class Case:
 
     held_out: bool
     tried: bool
-    """Whether a selection's trials may score it."""
+    """Whether this user is of the group that a selection's trials read."""
     draw: float
     """Uniform in [0, 1), of this user alone: who is below a fraction depends on nobody else."""
     history: UserHistory
     positives: IndexArray
     gains: NDArray[np.float32]
     now: float
+
+    @property
+    def scores_trials(self) -> bool:
+        """Whether trials of a selection are scored on it, and their winner is then judged without.
+
+        A high bit of the draw: half of the held-out users, and half of those below any fraction.
+        """
+        return self.held_out and self.tried and bool(int(self.draw * 2**32) & 1)
 
 
 def build_cases(
@@ -56,7 +64,7 @@ def build_cases(
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
-      held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether trials may score them.
+      held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether they are in trials' group.
       seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)

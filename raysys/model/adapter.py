@@ -60,13 +60,17 @@ class Adapter:
             peft_config = _peft_config(config, modules, num_steps)
             peft_model = get_peft_model(based.model, peft_config)
             assert isinstance(peft_model, PeftModel)
-        return cls(
+        adapter = cls(
             config=config,
             encoder=based,
             base_weights=base_weights,
             modules=modules,
             peft_model=peft_model,
         )
+        if config.adapter == "lora":
+            for _, layer in adapter.layers():
+                layer.lora_A.requires_grad_(config.train_lora_a)
+        return adapter
 
     @property
     def cut(self) -> Cut:

@@ -35,7 +35,7 @@ class TextTower(torch.nn.Module):
     mask: torch.Tensor
     """(M, T, 1)."""
 
-    def __init__(self, encoder: Any, activations: TokenActivations, *, train_lora_a: bool) -> None:
+    def __init__(self, encoder: Any, activations: TokenActivations) -> None:
         super().__init__()
         assert activations.cut == DEFAULT_CUT, (
             "it starts from the input of the last feed-forward block"
@@ -44,8 +44,6 @@ class TextTower(torch.nn.Module):
         dense = layer.output.dense
         self.lora_a = dense.lora_A["default"].weight
         self.lora_b = dense.lora_B["default"].weight
-        self.lora_a.requires_grad_(train_lora_a)
-        self.lora_b.requires_grad_(True)
         self.scaling = float(dense.scaling["default"])
         self.norm = layer.output.LayerNorm.requires_grad_(False)
         with torch.no_grad():
@@ -53,7 +51,9 @@ class TextTower(torch.nn.Module):
             projected = layer.intermediate(hidden)
             self._keep("base", dense.base_layer(projected) + hidden)  # (M, T, d)
             # With A frozen, its output is a constant of the update: r numbers a token, not h.
-            self._keep("lora_input", projected if train_lora_a else projected @ self.lora_a.T)
+            self._keep(
+                "lora_input", projected if self.lora_a.requires_grad else projected @ self.lora_a.T
+            )
         lengths = torch.from_numpy(activations.lengths)
         mask = torch.arange(hidden.shape[1]) < lengths[:, None]
         self._keep("mask", (mask / lengths[:, None])[..., None].float())  # sums to 1 over T

@@ -96,8 +96,5 @@ def build_tower(adapter: Adapter, activations: TokenActivations) -> Tower:
     own = adapter.encoder.advance(activations, adapter.cut)
     last = adapter.encoder.layout.depth - 1
     if config.adapter == "lora" and adapter.modules == (f"encoder.layer.{last}.output.dense",):
-        return TextTower(adapter.encoder.model, own, train_lora_a=config.train_lora_a)
-    for _, layer in adapter.layers():
-        if config.adapter == "lora":
-            layer.lora_A.requires_grad_(config.train_lora_a)
+        return TextTower(adapter.encoder.model, own)
     return LayerTower(adapter, own)

@@ -10,6 +10,7 @@ privacy a block that is run again, after a failure or in a replay, comes out the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -96,9 +97,10 @@ class Stepper:
         else:
             # Once, before the first gradient is used: later steps compute by the same code.
             check = not self._is_checked
-            self.losses.extend(backward(self._module, batch, self._train.loss, check=check))
-            # Of one user nothing can be told.
-            self._is_checked = self._is_checked or len(batch["gains"]) > 1
+            losses = backward(self._module, batch, self._train.loss, check=check)
+            self.losses.extend(losses)
+            # Of one user nothing can be told, and a loss of NaN hides whatever it depends on.
+            self._is_checked = self._is_checked or sum(map(math.isfinite, losses)) > 1
 
 
 def backward(

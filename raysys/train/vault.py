@@ -40,9 +40,9 @@ class Vault:
         self._draws = list(draws)
         self._num_open = len(self._draws)
 
-    def draw(self) -> Mapping[str, object]:
-        """Hands out the hyperparameters of one trial, once."""
-        return self._draws.pop()
+    def draw(self) -> Mapping[str, object] | None:
+        """Hands out the hyperparameters of one trial, once; none after one has failed."""
+        return None if self._failure is not None else self._draws.pop()
 
     def offer(self, result: Result) -> None:
         """Keeps a trial's result if it is the best so far."""

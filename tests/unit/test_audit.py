@@ -25,6 +25,7 @@ from raysys import audit as audits
 from raysys.audit import AuditReport, audit
 from raysys.config import Config, load_config
 from raysys.errors import ConfigError
+from raysys.model import ranks
 from raysys.privacy import plan as engine
 from raysys.privacy.audit import (
     Claim,
@@ -390,6 +391,31 @@ class TestAudit:
     ) -> None:
         with pytest.raises(ConfigError, match=match):
             audit(shop, **options)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"adapter": "none"}, {"train_lora_a": False}, {"train_lora_a": True},
+         {"adapter": "adalora"}],
+        ids=["head alone", "FFA-LoRA", "LoRA", "AdaLoRA"],
+    )  # fmt: skip
+    def test_by_default_there_are_as_many_canaries_as_weights_if_these_are_few(
+        self, shop: Config, world: None, changes: dict[str, Any]
+    ) -> None:
+        model = dataclasses.replace(shop.model, lora_rank=1, **changes)
+        few = dataclasses.replace(shop, model=model)
+        report = audit(few, num_steps=1)
+        with pytest.raises(ConfigError, match=f"expected at most {report.num_canaries}, as many"):
+            audit(few, num_steps=1, num_canaries=report.num_canaries + 1)
+
+    def test_adalora_is_kept_near_orthogonal_beside_canaries(
+        self, shop: Config, world: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Opacus keeps one hook, and an audit would audit another training without that."""
+        added: list[Any] = []
+        monkeypatch.setattr(ranks, "add_orthogonal_gradients", added.append)
+        model = dataclasses.replace(shop.model, adapter="adalora")
+        report = audit(dataclasses.replace(shop, model=model), num_canaries=100, num_steps=3)
+        assert len(added) == 3 and report.num_steps == 3
 
     def test_without_privacy_there_is_nothing_to_audit(self, shop: Config) -> None:
         off = dataclasses.replace(shop, privacy=dataclasses.replace(shop.privacy, enabled=False))

@@ -113,6 +113,15 @@ def test_a_last_decision_that_was_lost_with_a_worker_is_made_up_for(run: Run, lo
     assert 0 < sum(resumed.kept()) <= TARGET * NUM_MODULES
 
 
+def test_the_first_step_counts(run: Run) -> None:
+    """PEFT smooths importances from zero on: a step that is left out would change all of them."""
+    run.steps([1])
+    state = run.ranks.state()
+    importances = [x for name, x in state.items() if "exp_avg_ipt" in name and "lora_E" in name]
+    assert len(importances) == NUM_MODULES
+    assert all((importance > 0).all() for importance in importances)
+
+
 def test_a_run_that_saw_too_little_to_decide_keeps_what_it_has(run: Run) -> None:
     run.steps([LAST_DECISION, NUM_STEPS])
     assert run.kept() == [INITIAL] * NUM_MODULES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import unittest.mock
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from raysys.config import parse_config
+from raysys.config import EvaluateConfig, parse_config
 from raysys.errors import PrivacyError
 from raysys.evaluate import holdout
-from raysys.evaluate.compare import Weights
+from raysys.evaluate.compare import Weights, chosen
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.evaluate.metrics import ranking_metrics
 from raysys.ingest import examples
@@ -145,7 +146,9 @@ class TestScore:
         before = Weights(head=Head.decayed_frequency(8), text=trained.text_before)
         after = Weights(head=trained.head, text=trained.text_after)
         expected = sum(
-            _ndcg(case, after) - _ndcg(case, before) for case in holdout.read_cases(_bytes(cases))
+            _ndcg(case, after) - _ndcg(case, before)
+            for case in holdout.read_cases(_bytes(cases))
+            if case.scores_trials
         )
         assert self.score(local_root, cases, trained, 1.0) == pytest.approx(expected)
 
@@ -162,6 +165,63 @@ class TestScore:
     ) -> None:
         same = dataclasses.replace(trained, head=Head.decayed_frequency(8))
         assert self.score(local_root, cases, same) == 0
+
+
+EXACT = EvaluateConfig(max_users=100_000)
+
+
+class TestSplit:
+    """Whoever scores trials does not judge their winner: the best of several is so by luck too."""
+
+    @pytest.mark.parametrize("config", [EXACT, EvaluateConfig(private=True)])
+    def test_nobody_both_chooses_and_judges_and_nobody_is_left_out(
+        self, config: EvaluateConfig
+    ) -> None:
+        cases = _many_cases()
+        choosing = [case.draw for case in cases if case.scores_trials]
+        judging = [case.draw for case in chosen(cases, config, 1, after_trials=True)]
+        assert set(choosing).isdisjoint(judging) and len(choosing) + len(judging) == len(cases)
+
+    def test_an_update_without_trials_is_judged_by_all(self) -> None:
+        cases = _many_cases()
+        assert len(chosen(cases, EXACT, 1)) == len(cases)
+
+    def test_it_halves_those_held_out_users_whom_trials_may_read(self) -> None:
+        cases = _many_cases()
+        assert all(case.held_out and case.tried for case in cases if case.scores_trials)
+        for below in (1.0, 0.1):
+            read = [c.scores_trials for c in cases if c.held_out and c.tried and c.draw < below]
+            # Five standard errors of a fair coin.
+            assert np.mean(read) == pytest.approx(0.5, abs=2.5 / math.sqrt(len(read)))
+
+    def test_a_user_keeps_its_side_whoever_else_is_there(self) -> None:
+        users = EVENTS["user"].unique().sort()[:20]
+        rest = tiny_shop.shard(EVENTS.filter(pl.col("user").is_in(users.implode()))).cases
+        sides = {_bytes(row): s for row, s in _sides(tiny_shop.shard(EVENTS).cases)}
+        assert len(rest) > 10
+        assert all(sides[_bytes(row)] == side for row, side in _sides(rest))
+
+
+def _many_cases() -> list[holdout.Case]:
+    rng = np.random.default_rng(0)
+    template = next(iter(holdout.read_cases(_bytes(tiny_shop.shard(EVENTS).cases))))
+    return [
+        dataclasses.replace(template, held_out=bool(held), tried=bool(tried), draw=float(draw))
+        for held, tried, draw in zip(
+            rng.random(40_000) < 0.5, rng.random(40_000) < 0.5, rng.random(40_000), strict=True
+        )
+    ]
+
+
+def _sides(cases: pl.DataFrame) -> list[tuple[pl.DataFrame, bool]]:
+    """What names a user (its draw) and on which side it is."""
+    held_out = cases.with_columns(held_out=pl.lit(True))
+    return [
+        (row.select("draw"), case.scores_trials)
+        for row, case in zip(
+            held_out.iter_slices(1), holdout.read_cases(_bytes(held_out)), strict=True
+        )
+    ]
 
 
 class TestRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 from types import SimpleNamespace
@@ -60,6 +61,12 @@ def test_a_failed_trial_is_better_than_any_other(vault: Vault) -> None:
     assert "0.1" not in str(told.value) and "0.3" not in str(told.value)
 
 
+def test_after_a_failure_no_other_trial_starts(vault: Vault) -> None:
+    assert vault.draw() is not None
+    vault.fail({"train.alpha": 0.3}, "not finite")
+    assert vault.draw() is None
+
+
 def test_what_is_tried_is_drawn_from_entropy_that_no_seed_repeats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,22 +100,17 @@ def test_what_is_tried_is_drawn_from_entropy_that_no_seed_repeats(
     assert first != second and numbers[0] != numbers[1]
 
 
-@pytest.mark.parametrize(("is_private", "told"), [(True, RuntimeError), (False, ValueError)])
+@pytest.mark.parametrize("is_private", [True, False])
 def test_what_a_private_trial_failed_of_is_told_to_the_vault_alone(
-    is_private: bool, told: type[Exception], monkeypatch: pytest.MonkeyPatch
+    is_private: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray Tune writes down and prints what reaches it."""
+    """Ray Tune writes down and prints what reaches it, even that something did."""
     monkeypatch.setattr(tune.ray, "get", lambda answer: answer)
     kept = Vault()
     vault = SimpleNamespace(fail=SimpleNamespace(remote=kept.fail))
     trials: Any = SimpleNamespace(selection=object() if is_private else None)
-    with (
-        pytest.raises(told) as raised,
-        tune._failing_all(trials, {"train.alpha": 0.125}, vault),
-    ):
+    reaches_ray = contextlib.nullcontext() if is_private else pytest.raises(ValueError, match="0.6")
+    with reaches_ray, tune._failing_all(trials, {"train.alpha": 0.125}, vault):
         raise ValueError("a loss of 0.625")
-    error = raised.value
-    assert ("0.625" in str(error)) != is_private
-    assert error.__cause__ is None and error.__suppress_context__ == is_private
     with pytest.raises(TrialError, match=r"train\.alpha=0\.125: ValueError; mend"):
         kept.winner()

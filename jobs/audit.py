@@ -22,8 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds what an audit can be told."""
     parser.add_argument(
         "--canaries", type=int, metavar="M",
-        help=f"canary users, each taking part with probability 1/2; {NUM_CANARIES} by default, or as "
-        "many as there are trained weights",
+        help=f"canary users, each taking part with probability 1/2; {NUM_CANARIES} by default, or "
+        "as many as weights are trained",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="T", help="train.num_steps by default")
     parser.add_argument(

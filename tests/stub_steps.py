@@ -18,7 +18,6 @@ import pytest
 
 from raysys import update
 from raysys.config import Config, ModelConfig
-from raysys.evaluate.compare import Weights
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
 from raysys.ingest import pipeline
 from raysys.ingest.pipeline import Ingested, IngestJob, cases_path, examples_path
@@ -126,9 +125,8 @@ class Steps:
             text_before=_TEXTS, text_after=_TEXTS,
         )  # fmt: skip
 
-    def compare(
-        self, root: Root, update_id: str, *, before: Weights, after: Weights, **rest: Any
-    ) -> Comparison:
+    def compare(self, root: Root, update_id: str, *, after_trials: bool, **rest: Any) -> Comparison:
+        self.judged_after_trials = after_trials
         same = {name: Interval(mean=0.0, low=0.0, high=0.0) for name in METRIC_NAMES}
         return Comparison(
             num_holdout_users=100, before=same, after=same, difference=same,

@@ -64,7 +64,7 @@ def build_cases(
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
-      held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether they are in trials' group.
+      held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether trials read them.
       seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)

@@ -228,5 +228,8 @@ def _selection(spend: PrivacySpend) -> str | None:
     if (selection := spend.selection) is None:
         return None
     on_average = " on average" if selection.method == "repeat" else ""
-    trials = f"{selection.mean_trials:g} trials{on_average} of {selection.num_steps} steps"
-    return f"{selection.method}: {trials}"
+    users = f" on users {_named(selection.group)}" if selection.group else ""
+    return (
+        f"{selection.method}: {selection.mean_trials:g} trials{on_average} of "
+        f"{selection.num_steps} steps, noise {selection.noise_multiplier:g}{users}"
+    )

@@ -7,9 +7,12 @@ Source of selections: Papernot and Steinke 2022 (arXiv 2110.03620).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
+from collections.abc import Iterator
 
 import dp_accounting
 from dp_accounting import rdp
@@ -76,6 +79,18 @@ def _trial(selection: SelectionSpend) -> list[tuple[dp_accounting.DpEvent, int]]
     return [(step, selection.num_steps), (_gaussian(selection.score_noise_multiplier), 1)]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops warnings of orders that the accountant leaves out, which costs tightness alone."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 @functools.cache
 def _repeat_and_select(selection: SelectionSpend) -> dp_accounting.DpEvent:
     """Returns the (epsilon, delta) of a random number of trials, from their Renyi divergences.
@@ -87,10 +102,12 @@ def _repeat_and_select(selection: SelectionSpend) -> dp_accounting.DpEvent:
         [dp_accounting.SelfComposedDpEvent(one, num) for one, num in _trial(selection) if num]
     )
     accountant = rdp.RdpAccountant()
-    accountant.compose(RepeatAndSelectDpEvent(trial, selection.mean_trials, selection.shape))
-    bound = float(accountant.get_epsilon(selection.delta)) if selection.delta > 0 else math.inf
-    # Beyond it the privacy loss cannot be written as a distribution: e^epsilon overflows.
-    if not bound <= _MOST_EPSILON:
+    with _quiet():
+        accountant.compose(RepeatAndSelectDpEvent(trial, selection.mean_trials, selection.shape))
+        bound = float(accountant.get_epsilon(selection.delta)) if selection.delta > 0 else math.inf
+    # Beyond it the privacy loss cannot be written as a distribution: e^epsilon overflows. Zero is
+    # what the accountant makes of a divergence that came out negative.
+    if not 0 < bound <= _MOST_EPSILON:
         raise PrivacyError(
             f"a selection of {selection.mean_trials:g} trials on average has no epsilon below "
             f"{_MOST_EPSILON:g} at delta {selection.delta:g}; give it a larger delta, or trials "

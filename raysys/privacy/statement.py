@@ -9,13 +9,14 @@ charged for it, a selection where one was. One update without privacy voids all.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from raysys.config import Config
 from raysys.ingest.bound import count_l2_sensitivity
 from raysys.ingest.sample import max_candidates
-from raysys.ledger.records import PrivacySpend
+from raysys.ledger.records import PrivacySpend, SelectionSpend
 from raysys.ledger.state import State
 from raysys.storage import Root
 
@@ -126,10 +127,7 @@ def _charged(state: State) -> Iterable[str]:
         "evaluations, each a Gaussian mechanism",
         [(s.num_evaluations, s.evaluation_noise_multiplier) for s in spends],
     )
-    selections = [s.selection for s in spends if s.selection is not None]
-    if selections:
-        methods = ", ".join(sorted({selection.method for selection in selections}))
-        yield f"{len(selections)} selections by trials ({methods})"
+    yield from _selections([s.selection for s in spends if s.selection is not None])
     if groups := {s.group for s in spends if s.group is not None}:
         yield (
             f"steps read {len(groups)} groups of users by turns, and are charged to these alone; "
@@ -138,6 +136,20 @@ def _charged(state: State) -> Iterable[str]:
     abandoned = sum(status == "abandoned" for _, _, status in state.spends)
     if abandoned:
         yield f"{abandoned} of these updates were abandoned, and stay charged"
+
+
+def _selections(made: Sequence[SelectionSpend]) -> Iterable[str]:
+    """Yields what was charged for trials: their steps and scores are in no other line."""
+    alike = collections.Counter(
+        (s.method, s.mean_trials, s.num_steps, s.noise_multiplier, s.score_noise_multiplier)
+        for s in made
+    )
+    for (method, mean, steps, noise, score), num in sorted(alike.items()):
+        trials = f"{mean:g} trials" + (" on average" if method == "repeat" else "")
+        yield (
+            f"{num} selections ({method}), each by {trials} of {steps:,} steps, noise multiplier "
+            f"{noise:g} or more, and a score of noise multiplier {score:g}"
+        )
 
 
 def _mechanism(what: str, ran: Sequence[tuple[int, float]]) -> Iterable[str]:

@@ -230,9 +230,9 @@ class TestPlan:
         assert body(config, "plan")["privacy"] is None
 
     @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-    @pytest.mark.parametrize("cause", ["budget", "key", "catalogue"])
+    @pytest.mark.parametrize("cause", ["budget", "key", "catalogue", "targets"])
     def test_ends_as_the_update_would_if_that_would_be_refused(
-        self, tmp_path: Path, shop: Root, cause: str, as_json: bool
+        self, tmp_path: Path, shop: Root, tiny_encoder: str, cause: str, as_json: bool
     ) -> None:
         extra = "privacy: {epsilon_total: 3}\n" if cause == "budget" else ""
         config = write_config(tmp_path, shop.uri, extra)
@@ -241,12 +241,16 @@ class TestPlan:
             config = write_config(tmp_path, shop.uri, "partitions: {vanished_files: quarantine}\n")
         if cause == "catalogue":
             shop.delete_prefix("items")
+        if cause == "targets":
+            model = f"model: {{encoder: {tiny_encoder}, target_modules: [q_proj]}}\n"
+            config = write_config(tmp_path, shop.uri, model)
         before = contents(shop)
         result = run(config, "plan", *(["--json"] if as_json else []))
         message = {
             "budget": "this update would bring epsilon to 4.000 of privacy.epsilon_total 3 ",
             "key": "pseudonyms: the keys given are 7ecd1ca3, but the histories below",
             "catalogue": "the catalogue is empty (no item files): write item rows below",
+            "targets": "model.target_modules: no module q_proj; ",
         }[cause]
         assert result.exit_code == 1 and result.stderr.startswith(f"raysys: {message}")
         assert result.stderr.count("\n") == 1 and "events/dt=2017-03-02" in result.stdout
@@ -318,7 +322,7 @@ class TestBudget:
         append(local_root, first, permits[0], abandoned("u0001-aaaaaa"), second, permits[1])
         dead, running = body(local_config, "budget")["updates"]
         assert (dead["num_steps"], dead["group"]) == (4, "cohorts/8/key:3")
-        assert dead["selection"] == "compose: 3 trials of 5 steps"
+        assert dead["selection"] == "compose: 3 trials of 5 steps, noise 4"
         assert (dead["num_evaluations"], running["num_steps"], running["group"]) == (1, 15, None)
         lines = text(local_config, "budget").splitlines()
         assert "4 may have run" in lines[1] and "1 + 1 evaluations" in lines[1]

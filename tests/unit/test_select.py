@@ -100,6 +100,14 @@ def test_what_was_chosen_stands_with_the_version(shop: Shop) -> None:
     assert Recipe.load(shop.root, commit).config["model"]["lora_rank"] == 2, "the shop's own"
 
 
+def test_who_chose_the_winner_does_not_judge_it(shop: Shop) -> None:
+    shop.update()
+    assert shop.steps.judged_after_trials
+    write_day(shop.root, DAYS[1])
+    update.run_update(load_config(shop.path))
+    assert not shop.steps.judged_after_trials
+
+
 def test_a_repetition_does_not_tell_how_long_it_took(shop: Shop) -> None:
     shop.configure(f"{SPACE}, method: repeat")
     commit = shop.update()

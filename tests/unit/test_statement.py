@@ -162,6 +162,15 @@ class TestCovered:
         covered, not_covered = texts(build_statement(life(SPEND), config()))
         assert "trial" not in covered + not_covered
 
+    def test_a_selections_trials_are_charged_by_steps_noise_and_score(self) -> None:
+        once = dataclasses.replace(SELECTED, num_steps=0)
+        charged = build_statement(life(SPEND, once, once), config()).charged
+        assert any(line.startswith(f"{SPEND.num_steps} steps of") for line in charged)
+        assert (
+            "2 selections (repeat), each by 4 trials on average of 5 steps, noise multiplier 4 or "
+            "more, and a score of noise multiplier 10"
+        ) in charged
+
 
 class TestVoid:
     def test_one_update_without_privacy_voids_all_and_no_figure_is_claimed(self) -> None:

@@ -435,3 +435,20 @@ def test_a_loss_that_is_not_each_users_own_stops_before_the_first_step(
     with pytest.raises(PrivacyError, match=told):
         train_on_shards(job, [past()], activations, **arguments)
     assert len(stepped) == len(steps) == 5
+
+
+def test_a_first_batch_of_nan_does_not_hide_that_users_are_mixed(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a loss of NaN depends on, its gradients are NaN and add nothing."""
+    loss, sums = one_step.LOSSES["listwise"], list[float]()
+
+    def mixing(*args: Any, **labels: Any) -> torch.Tensor:
+        losses = loss(*args, **labels)
+        sums.append(float(losses.detach().sum()))
+        return losses + losses.sum() * (torch.nan if len(sums) < 3 else 1)
+
+    monkeypatch.setattr(one_step, "LOSSES", {"listwise": mixing})
+    with pytest.raises(PrivacyError, match="one user's loss depends on another's rows"):
+        train(past())
+    assert len(sums) == 3

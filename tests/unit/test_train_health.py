@@ -173,4 +173,5 @@ def test_digests_are_of_what_is_frozen_and_of_nothing_else(
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert set(health.frozen_digests([model])) == frozen
     assert any("word_embeddings" in name for name in frozen)
-    assert not any("lora" in name for name in frozen)
+    assert any("lora_A" in name for name in frozen), "train_lora_a is off"
+    assert not any("lora_B" in name for name in frozen)

@@ -68,7 +68,11 @@ def as_json(report: AuditReport) -> str:
 
 def as_lines(report: AuditReport) -> list[str]:
     """Returns the report for a person."""
-    seen, expected, sure = report.seen, report.expected, f"at {report.confidence:.0%} confidence"
+    seen, expected, sure = (
+        report.seen,
+        report.expected,
+        f"at {100 * report.confidence:g}% confidence",
+    )
     runs = f" in {report.num_runs} runs" if report.num_runs > 1 else ""
     rows = [
         ("claimed", report.claimed_epsilon, f"by the accountant: {report.accountant}"),
@@ -78,7 +82,7 @@ def as_lines(report: AuditReport) -> list[str]:
          f"{expected.auc:.3f} by the claim; TPR {seen.tpr_at_1_percent_fpr:.3f} at 1% FPR, "
          f"{expected.tpr_at_1_percent_fpr:.3f} by the claim"),
         ("Gaussian noise", report.gaussian_epsilon,
-         f"at least, at {report.gaussian_confidence:.2%} confidence, if noise is Gaussian"),
+         f"at least, at {100 * report.gaussian_confidence:g}% confidence, if noise is Gaussian"),
     ]  # fmt: skip
     return [
         f"audited {report.num_steps} steps of sampling probability {report.sampling_prob:g} and "
@@ -86,7 +90,7 @@ def as_lines(report: AuditReport) -> list[str]:
         f"{report.num_included:,} of {report.num_canaries:,} canaries{runs}; nothing is charged",
         *(f"{name:<16}epsilon {value:7.3f}  {why}" for name, value, why in rows),
         f"unit: a {report.unit}; neighbours: {report.relation}; delta {report.delta:g}",
-        f"seen: {report.lower_bound / report.claimed_epsilon:.0%} of the claim, which is "
+        f"seen: epsilon {report.lower_bound:.3f} of {report.claimed_epsilon:.3f} claimed, which is "
         + ("REFUTED" if report.refuted else "not refuted"),
     ]
 

@@ -76,11 +76,11 @@ def _key(shop: Config) -> str:
 
 
 def _encoder(shop: Config) -> str:
-    from raysys.model.adapter import activations_cut
+    from raysys.model.adapter import check_targets
     from raysys.model.encoder import resolve_encoder, weights_sha256
 
     folder = resolve_encoder(shop.model.encoder)
-    activations_cut(shop.model)  # refuses targets that the encoder lacks
+    check_targets(shop)
     return f"{folder} has weights {weights_sha256(folder)[:12]}…"
 
 

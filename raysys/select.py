@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 
 import yaml
@@ -19,20 +18,17 @@ from raysys.config import Config
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.ledger.records import PrivacySpend, UpdateCommitted
 from raysys.ledger.state import State
-from raysys.model.adapter import activations_cut
+from raysys.model.adapter import activations_cut, check_targets, models_of_trials
 from raysys.model.catalogue import encode_new_texts
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.privacy.kept import life_so_far
-from raysys.privacy.selection import check_space, plan_selection
+from raysys.privacy.selection import check_choice, check_space, plan_selection
 from raysys.storage import Root
 from raysys.strategy import Outcome, Progress, Ready, Strategy
 from raysys.train.output import TrainOutput
 from raysys.train.trial import Trials, plan_steps
 from raysys.train.tune import Winner, select
 from raysys.update import run_update, train_once
-
-_WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
-"""Keys that say which layers of the encoder a trial adapts."""
 
 
 def run_selection(
@@ -49,6 +45,7 @@ def run_selection(
       RaysysError: As `run_update`.
     """
     check_space(config)
+    check_targets(config)
     strategy = Strategy(
         train=select_best,
         charge=functools.partial(charge_selection, config),
@@ -60,6 +57,7 @@ def charge_selection(
     config: Config, state: State, update: PrivacySpend, key_id: str
 ) -> PrivacySpend:
     """Returns what the update reserves: its releases, and the trials by the cheapest method."""
+    check_choice(config, is_first=state.head_version is None)
     life = life_so_far(Root(config.root), state)
     return plan_selection(config, update, life, key_id).spend
 
@@ -118,11 +116,7 @@ def _trained_on_others(ready: Ready, config: Config, best: Winner) -> TrainOutpu
 
 def _encode_for(trials: Trials) -> None:
     """Caches the activations below the lowest layer that each of the trials may adapt."""
-    space = {key: values for key, values in trials.config.tune.space.items() if key in _WHERE}
-    models = [
-        trials.config_of(dict(zip(space, values, strict=True))).model
-        for values in itertools.product(*space.values())
-    ]
+    models = models_of_trials(trials.config)
     cuts = {activations_cut(model, trials.adapted_weights or ()): model for model in models}
     for cut, model in cuts.items():
         encode_new_texts(trials.root, model, trials.texts, cut)

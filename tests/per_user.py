@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from opacus.optimizers import DPOptimizer
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from raysys.privacy.clipping import PerUserGradients
+from raysys.privacy.optimizer import PerUserOptimizer
 
 Gradients = dict[str, torch.Tensor]
 USERS = 5
@@ -215,7 +215,7 @@ class Clip:
     def total(self, module: torch.nn.Module) -> torch.Tensor:
         """Returns the clipped sum of the `grad_sample` that is there, as one vector."""
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = DPOptimizer(
+        optimizer = PerUserOptimizer(
             torch.optim.SGD(trained, lr=0.0), noise_multiplier=0.0, max_grad_norm=self.norm,
             expected_batch_size=1,
         )  # fmt: skip

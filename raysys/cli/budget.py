@@ -14,7 +14,7 @@ from raysys.ledger.state import State
 from raysys.storage import Root
 
 if TYPE_CHECKING:
-    from raysys.privacy.budget import UpdateSpend
+    from raysys.privacy.budget import BudgetReport, UpdateSpend
 
 _HEADER = [
     "update", "status", "users", "steps", "noise", "releases", "selection", "epsilon alone",
@@ -45,7 +45,7 @@ def budget(
         [
             *table(_HEADER, [_row(spend, state) for spend in report.updates]),
             f"epsilon {report.epsilon_spent:.3f} of {report.epsilon_total:g} spent, "
-            f"{report.epsilon_left:.3f} left{_more_updates(report.updates_left)}",
+            f"{report.epsilon_left:.3f} left{_more_updates(report)}",
             statement,
             *privacy_lines(state, shop),
         ],
@@ -54,9 +54,11 @@ def budget(
 
 def _row(spend: UpdateSpend, state: State) -> list[str]:
     status, steps = spend.status, f"{spend.num_steps}"
-    if status == "reserved":
+    if spend.selection and not spend.num_steps:
+        steps = "of trials"
+    elif status == "reserved":
         steps += f" reserved, {state.permitted_steps} may have run"
-    if status == "abandoned":
+    elif status == "abandoned":
         steps += " may have run"
     counts = f"{spend.num_count_releases}"
     if spend.num_evaluations:
@@ -83,5 +85,9 @@ def _explain(config: Path, *, as_json: bool) -> None:
     print_result(body, as_json, statement.lines())
 
 
-def _more_updates(updates_left: int | None) -> str:
-    return "" if updates_left is None else f": {updates_left} more updates like the last"
+def _more_updates(report: BudgetReport) -> str:
+    from raysys.privacy.calibrate import at_least
+
+    if report.updates_left is None:
+        return ""
+    return f": {at_least(report.updates_left)} more updates like {report.updates_like}"

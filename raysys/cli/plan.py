@@ -43,7 +43,7 @@ def plan(config: ConfigOption, as_json: JsonOption = False, tune: TuneOption = F
     if selected is not None:
         spend = selected.spend
     expected = forecast(state, [spend], shop.privacy, root) if shop.privacy.enabled else None
-    refusal = _refusal(shop, state, planned, spend)
+    refusal = _refusal(shop, state, planned, spend, tune=tune)
     print_result(
         _body(shop, state, planned, spend, expected, refusal)
         | ({"epsilon_by_method": selected.epsilon_by_method} if selected else {}),
@@ -65,9 +65,10 @@ def plan(config: ConfigOption, as_json: JsonOption = False, tune: TuneOption = F
 def _selection(shop: Config, state: State, spend: PrivacySpend) -> SelectionPlan | None:
     """Returns the trials of the next update, None if they cost nothing."""
     from raysys.privacy.kept import life_so_far
-    from raysys.privacy.selection import check_space, plan_selection
+    from raysys.privacy.selection import check_choice, check_space, plan_selection
 
     check_space(shop)
+    check_choice(shop, is_first=state.head_version is None)
     if not shop.privacy.enabled:
         return None
     life = life_so_far(Root(shop.root), state)
@@ -107,7 +108,7 @@ def _key_id(shop: Config, state: State) -> str:
 
 
 def _refusal(
-    shop: Config, state: State, planned: UpdatePlan, spend: PrivacySpend
+    shop: Config, state: State, planned: UpdatePlan, spend: PrivacySpend, *, tune: bool
 ) -> RaysysError | None:
     """Returns what the update would raise before it reads: the first of what can be told now."""
     from raysys.ingest.pseudonym import Pseudonymizer, check_key
@@ -123,7 +124,11 @@ def _refusal(
 
     def targets() -> None:
         # PEFT takes seconds to import, and targets that are not set are there in any encoder.
-        if shop.model.target_modules != ModelConfig().target_modules:
+        if tune and any(key.startswith("model.") for key in shop.tune.space):
+            from raysys.model.adapter import check_targets
+
+            check_targets(shop)
+        elif shop.model.target_modules != ModelConfig().target_modules:
             from raysys.model.adapter import activations_cut
 
             activations_cut(shop.model)
@@ -198,13 +203,18 @@ def _start_line(planned: UpdatePlan) -> str:
 
 
 def _spend_lines(shop: Config, spend: PrivacySpend, expected: Forecast | None) -> list[str]:
-    what = f"{spend.num_steps} steps and {spend.num_count_releases} releases of item counts"
+    what = f"{spend.num_steps} steps"
+    if spend.selection is not None:
+        what = f"trials and {what}" if spend.num_steps else "trials"
+    what += f" and {spend.num_count_releases} releases of item counts"
     if spend.num_evaluations:
         what += f" and {spend.num_evaluations} of evaluations"
     if expected is None:
         from raysys.privacy.statement import NOT_PRIVATE
 
         return [f"trains     {what}", NOT_PRIVATE]
+    from raysys.privacy.calibrate import at_least
+
     return [
         f"spends     {what}: epsilon {expected.epsilon_alone:.3f} alone, from "
         f"{expected.epsilon_spent:.3f} to {expected.epsilon_after:.3f} of "
@@ -212,7 +222,7 @@ def _spend_lines(shop: Config, spend: PrivacySpend, expected: Forecast | None) -
         f"           {expected.statement}",
         *([f"users      of group {spend.group.scheme}:{spend.group.index}"] if spend.group else []),
         f"noise      {_noise_line(shop, spend)}",
-        f"lasts      for {expected.updates_left} updates like this one, it included",
+        f"lasts      for {at_least(expected.updates_left)} updates like this one, it included",
     ]
 
 
@@ -221,5 +231,7 @@ def _noise_line(shop: Config, spend: PrivacySpend) -> str:
     from raysys.privacy.calibrate import describe
 
     if spend.selection is not None:
-        return f"{spend.selection.noise_multiplier:g} or more, as a trial draws from tune.space"
+        kept = "" if shop.privacy.horizon is None else "; privacy.horizon counts no trials"
+        least = spend.selection.noise_multiplier
+        return f"{least:g} or more, as a trial draws from tune.space{kept}"
     return describe(shop, spend.noise_multiplier)

@@ -37,7 +37,7 @@ def render_report(
         cells = (_cell(metrics[arm][name]) for arm in ("before", "after", "difference"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     num = metrics["num_prequential_users"]
-    lines += ["", f"## Before training, all users ({about}{num})", ""]
+    lines += ["", f"## Before training ({about}{num} users)", ""]
     lines += [f"- {name}: {_cell(metrics['prequential'][name])}" for name in METRIC_NAMES]
     lines += ["", "## Privacy", "", *statement.lines()]
     return "\n".join(lines) + "\n"

@@ -49,11 +49,17 @@ def explain(record: Record) -> str:
 
 def _started(record: UpdateStarted) -> str:
     reserved = record.reserved
-    privacy = (
-        f"privacy of {reserved.num_steps} steps at noise {reserved.noise_multiplier:g} reserved"
-        if reserved
-        else "not private"
-    )
+    privacy = "not private"
+    if reserved is not None:
+        parts = []
+        if (trials := reserved.selection) is not None:
+            parts.append(
+                f"trials ({trials.method}) of {trials.num_steps} steps at noise "
+                f"{trials.noise_multiplier:g}"
+            )
+        if reserved.num_steps or not parts:
+            parts.append(f"{reserved.num_steps} steps at noise {reserved.noise_multiplier:g}")
+        privacy = f"privacy of {' and '.join(parts)} reserved"
     return (
         f"{record.update_id} on {record.owner} takes {_span(record.partitions)} and "
         f"{len(record.item_files)} item files, on top of {record.base_version or 'no version'}; "

@@ -10,6 +10,7 @@ whole matrix by the name of its module, so a version needs no chain of deltas.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,11 +18,14 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from raysys.config import ModelConfig
+from raysys.config import Config, ModelConfig, with_values
+from raysys.errors import ConfigError
 from raysys.ingest.features import FloatArray
 from raysys.model.encoder import TextEncoder, resolve_encoder
 from raysys.model.targets import Cut, Layout, adapted_modules, cut_of, layout_of
 
+_WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")
+"""Keys that say which layers of the encoder are adapted."""
 NAME = "default"
 """PEFT's name of the one adapter."""
 
@@ -118,6 +122,29 @@ def activations_cut(config: ModelConfig, changed: Iterable[str] = ()) -> Cut:
     """
     layout = layout_of(resolve_encoder(config.encoder))
     return cut_of([*changed, *_configured(layout, config)], layout.depth)
+
+
+def check_targets(config: Config) -> None:
+    """Looks for the modules of an update, and of every trial that `tune.space` can draw.
+
+    Raises:
+      ConfigError: The encoder has none of such a name, or not so many layers.
+    """
+    activations_cut(config.model)
+    for model in models_of_trials(config):
+        try:
+            activations_cut(model)
+        except ConfigError as error:
+            raise ConfigError(f"tune.space: {error}") from error
+
+
+def models_of_trials(config: Config) -> list[ModelConfig]:
+    """Returns the models of trials, one of each choice of layers."""
+    space = {key: values for key, values in config.tune.space.items() if key in _WHERE}
+    return [
+        with_values(config, dict(zip(space, values, strict=True))).model
+        for values in itertools.product(*space.values())
+    ]
 
 
 def _configured(layout: Layout, config: ModelConfig) -> tuple[str, ...]:

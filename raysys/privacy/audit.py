@@ -233,7 +233,7 @@ def threshold_epsilon(
         for much, little in ((hit_rate, alarm_rate), (1 - alarm_rate, 1 - hit_rate))
         if much > delta
     ]
-    return max(0.0, *shown)
+    return max([0.0, *shown])
 
 
 def plan_threshold(

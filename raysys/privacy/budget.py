@@ -60,7 +60,9 @@ class BudgetReport:
     epsilon_spent: float
     epsilon_left: float
     updates_left: int | None
-    """Further updates like the last one that fit into what is left; None before the first one."""
+    """Further updates like `updates_like` that fit into what is left; None before the first one."""
+    updates_like: str | None
+    """The last update without a selection; the last one where all had one."""
     unit: str
     relation: str
     accountant: str
@@ -175,7 +177,7 @@ def report_budget(state: State, config: PrivacyConfig) -> BudgetReport:
             )
         )
     spent = updates[-1].epsilon_cumulative if updates else 0.0
-    last = _next_like_the_last(state)
+    like, last = _next_like_the_last(state)
     return BudgetReport(
         enabled=config.enabled,
         epsilon_total=config.epsilon_total,
@@ -183,6 +185,7 @@ def report_budget(state: State, config: PrivacyConfig) -> BudgetReport:
         epsilon_spent=spent,
         epsilon_left=max(config.epsilon_total - spent, 0.0),
         updates_left=updates_left(composed, last, config) if last else None,
+        updates_like=like,
         unit=UNIT,
         relation=RELATION,
         accountant=ACCOUNTANT,
@@ -208,16 +211,16 @@ def _alone(spend: PrivacySpend, delta: float) -> float:
     return Composed.nothing().plus(spend).epsilon(delta)
 
 
-def _next_like_the_last(state: State) -> PrivacySpend | None:
-    """Returns what the next update would spend if it were like the last one that trained."""
+def _next_like_the_last(state: State) -> tuple[str | None, PrivacySpend | None]:
+    """Returns what the next update would spend if it were like the last one that trained once."""
     trained = [
-        spend
-        for _, spend, status in state.spends
+        (name, spend)
+        for name, spend, status in state.spends
         if status != "abandoned" and spend.num_steps and spend.selection is None
     ]
-    if last := next(reversed(trained or [spend for _, spend, _ in state.spends]), None):
-        return dataclasses.replace(last, group=next_in_turn(last.group))
-    return None
+    for name, last in reversed(trained or [(name, spend) for name, spend, _ in state.spends]):
+        return name, dataclasses.replace(last, group=next_in_turn(last.group))
+    return None, None
 
 
 def _named(group: UserGroup | None) -> str | None:

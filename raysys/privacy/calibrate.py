@@ -27,6 +27,11 @@ MAX_UPDATES_COUNTED = 1000
 """Updates beyond which nobody counts on, unless the horizon is farther."""
 
 
+def at_least(num_updates: int) -> str:
+    """Returns a number of updates as it is told: nobody counts beyond `MAX_UPDATES_COUNTED`."""
+    return f"at least {num_updates}" if num_updates >= MAX_UPDATES_COUNTED else f"{num_updates}"
+
+
 def noise_multiplier_of(config: Config) -> float:
     """Returns the noise multiplier of a config's training steps.
 
@@ -54,9 +59,8 @@ def describe(config: Config, noise_multiplier: float) -> str:
     source = "as configured"
     if privacy.noise_multiplier is None:
         source = "the default" if privacy.horizon is None else "calibrated"
-    at_least = "at least " if paid >= max(MAX_UPDATES_COUNTED, privacy.horizon or 0) else ""
     lasts = (
-        f"epsilon_total {privacy.epsilon_total:g} pays for {at_least}{paid} updates from the first "
+        f"epsilon_total {privacy.epsilon_total:g} pays for {at_least(paid)} updates from the first "
         "one on"
     )
     if privacy.horizon is not None:

@@ -61,6 +61,33 @@ def check_space(config: Config) -> None:
         )
 
 
+def check_choice(config: Config, *, is_first: bool) -> None:
+    """Refuses a selection whose trials would all be the same, which costs as if they were not.
+
+    Args:
+      is_first: Whether the update starts from no version.
+
+    Raises:
+      ConfigError: No key of `tune.space` that is in force has two values.
+    """
+    idle = "train.learning_rate" if is_first else "train.bootstrap_learning_rate"
+    no_adapter = config.model.adapter == "none" and "model.adapter" not in config.tune.space
+    choices = [
+        key
+        for key, values in config.tune.space.items()
+        if key != idle
+        and len(set(map(str, values))) > 1
+        and not (no_adapter and key.startswith("model."))
+    ]
+    if not choices:
+        of = "the first one" if is_first else "one that starts from a version"
+        raise ConfigError(
+            "tune.space: expected two values of a key that this update reads, got "
+            f"{ {key: list(values) for key, values in config.tune.space.items()} }: all trials "
+            f"would be the same; an update that is {of} does not read {idle}"
+        )
+
+
 def plan_selection(
     config: Config, update: PrivacySpend, life: Composed, key_id: str
 ) -> SelectionPlan:

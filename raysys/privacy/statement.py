@@ -128,10 +128,12 @@ def _charged(state: State) -> Iterable[str]:
         [(s.num_evaluations, s.evaluation_noise_multiplier) for s in spends],
     )
     yield from _selections([s.selection for s in spends if s.selection is not None])
-    if groups := {s.group for s in spends if s.group is not None}:
+    parts = [(s.num_steps, s.group) for s in spends]
+    parts += [(s.selection.num_steps, s.selection.group) for s in spends if s.selection]
+    if groups := {group for num_steps, group in parts if num_steps and group is not None}:
         yield (
-            f"steps read {len(groups)} groups of users by turns, and are charged to these alone; "
-            "epsilon is that of the worst user"
+            f"steps, those of trials included, read {len(groups)} groups of users, and are charged "
+            "to these alone; epsilon is that of the worst user"
         )
     abandoned = sum(status == "abandoned" for _, _, status in state.spends)
     if abandoned:
@@ -173,7 +175,7 @@ def _covered(state: State, config: Config) -> Iterable[str]:
         yield f"figures of evaluation and verdict of the gate, {_of(noised, state)}"
     elif config.evaluate.private:
         yield "figures of evaluation and verdict of the gate"
-    if selected := [name for name, spend, _ in state.spends if spend.selection is not None]:
+    if selected := _evaluated(state, lambda spend: spend.selection is not None):
         yield f"which trial won, and its noised score, of {', '.join(selected)}"
     yield "whatever is made of these alone, golden requests and embeddings of items among it"
 
@@ -262,6 +264,10 @@ def _caps(config: Config) -> Iterable[Cap]:
     )
     yield cap("ingest.max_history_items", "items in a user's history")
     if config.tune.space:
+        for key, worst in (("noise_multiplier", min), ("l2_clip_norm", max)):
+            if values := config.tune.space.get(f"privacy.{key}"):
+                what = f"of trials, {worst.__name__} of tune.space"
+                yield cap(f"privacy.{key}", what, worst(float(str(value)) for value in values))
         yield cap("tune.max_difference", "largest change of NDCG@10 in a trial's score by one user")
         yield cap("tune.score_noise_multiplier", "noise of a trial's score over that")
     if config.evaluate.private:

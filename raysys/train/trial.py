@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from raysys.config import Config, with_values
-from raysys.ingest.example_set import ExampleSet
+from raysys.ingest.example_set import ExampleSet, map_examples
 from raysys.ingest.features import FloatArray, IndexArray
 from raysys.ingest.pipeline import examples_path, trial_examples_path
 from raysys.ledger.records import PrivacySpend, SelectionSpend
@@ -116,7 +116,7 @@ def run_trial(
     job, held = trials.job(values), _Held(start)
     path = trial_examples_path if trials.own_users else examples_path
     shards = [
-        ExampleSet.from_bytes(trials.root.read_bytes(path(trials.update_id, shard)))
+        map_examples(trials.root, path(trials.update_id, shard))
         for shard in range(trials.num_shards)
     ]
     cut = activations_cut(job.model, job.adapted_weights or ())

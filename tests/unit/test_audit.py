@@ -152,6 +152,8 @@ class TestScores:
         assert 0 < bounds[0] < bounds[1] < bounds[2] < 5
         same = threshold_epsilon(rng.normal(0, 1, 5000), rng.normal(0, 1, 5000), 2.0)
         assert same < 0.5
+        certain = {"confidence": 1 - 1e-16}
+        assert threshold_epsilon(rng.normal(3, 1, 50), rng.normal(0, 1, 50), 2.0, **certain) == 0
         inverted = threshold_epsilon(rng.normal(0, 1, 500), rng.normal(3, 1, 500), 2.0)
         assert inverted == 0.0, "scores say with where they are high"
 
@@ -434,6 +436,15 @@ class TestJob:
             return job.main()
 
         return run
+
+    def test_a_claim_of_nothing_is_told_as_such(
+        self, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "shop.yaml"
+        text = path.read_text().replace("noise_multiplier: 4.0", "noise_multiplier: 4000.0")
+        path.write_text(text.replace("privacy: {", "privacy: {delta: 0.1, "))
+        assert run("--confidence", "0.9999", "--steps", "1") == 0
+        assert "of 0.000 claimed, which is not refuted" in capsys.readouterr().out
 
     def test_it_prints_the_bounds_beside_the_claim_and_what_they_mean(
         self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]

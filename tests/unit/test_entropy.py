@@ -51,6 +51,16 @@ def test_the_whole_state_is_entropy() -> None:
     assert not (states[0][:, :4] == states[1][:, :4]).all(1).any()
 
 
+def test_on_a_gpu_the_seed_is_64_bits_of_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the state is the seed and a counter; no GPU is needed to see where the seed is from."""
+    monkeypatch.setattr(entropy.torch, "Generator", lambda device: torch._C.Generator("cpu"))
+    seeds = {unguessable_generator(torch.device("cuda")).initial_seed() for _ in range(64)}
+    assert len(seeds) == 64 and max(seeds) > 2**56
+    same_seeds(monkeypatch)
+    found = [unguessable_generator(torch.device("cuda")).initial_seed() for _ in range(2)]
+    assert found == [int.from_bytes(b"\7" * 8, "little")] * 2
+
+
 def test_a_state_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entropy, "_STATE_BYTES", 16)
     with pytest.raises(PrivacyError, match="keeps a generator in 5056 bytes, expected 16"):

@@ -67,7 +67,7 @@ class TestReport:
             assert f"| {name} | {arms[0]} | {arms[1]} | {arms[2]} |" in text
 
     def test_the_prequential_figures_name_their_users(self) -> None:
-        _, _, last = report().partition("## Before training, all users (203)")
+        _, _, last = report().partition("## Before training (203 users)")
         assert "- ndcg10: 40.0000 [39.7500, 40.2500]" in last
 
     def test_a_comparison_of_nobody_still_has_a_report(self) -> None:
@@ -105,5 +105,5 @@ class TestReport:
             )
         )
         assert "## Held-out users (about 41)" in noised
-        assert "## Before training, all users (about 203)" in noised
+        assert "## Before training (about 203 users)" in noised
         assert "Noise was added to all figures" in noised and "counts as 0.1 at most" in noised

@@ -100,6 +100,47 @@ def test_what_was_chosen_stands_with_the_version(shop: Shop) -> None:
     assert Recipe.load(shop.root, commit).config["model"]["lora_rank"] == 2, "the shop's own"
 
 
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "model.target_modules: [[output.dense], [q_proj]]",
+            r"model\.target_modules: no module q_",
+        ),
+        (
+            "model.num_adapted_layers: [1, 99]",
+            r"model\.num_adapted_layers: the encoder has 2 layers",
+        ),
+    ],
+    ids=["unknown module", "too many layers"],
+)
+def test_layers_that_a_trial_could_not_adapt_are_refused_before_anything_is_charged(
+    shop: Shop, space: str, message: str
+) -> None:
+    shop.configure(f"space: {{{space}}}")
+    before = contents(shop.root)
+    with pytest.raises(ConfigError, match=rf"^tune\.space: {message}"):
+        shop.update()
+    assert contents(shop.root) == before
+    result = CliRunner().invoke(app, ["plan", "--tune", "--config", str(shop.path)])
+    assert result.exit_code == 1 and "raysys: tune.space: model." in result.stderr
+    assert CliRunner().invoke(app, ["plan", "--config", str(shop.path)]).exit_code == 0
+
+
+def test_trials_that_would_all_be_the_same_are_refused(shop: Shop) -> None:
+    """The first update learns by another rate than those after it."""
+    first, later = "train.bootstrap_learning_rate", "train.learning_rate"
+    for idle, read in ((later, first), (first, later)):
+        shop.configure(f"space: {{{idle}: [0.1, 0.2], {read}: [0.1]}}")
+        before = contents(shop.root)
+        with pytest.raises(ConfigError, match=r"^tune\.space: expected two values of a key that"):
+            shop.update()
+        assert contents(shop.root) == before
+        shop.configure()
+        assert shop.update().version is not None
+        write_day(shop.root, DAYS[1])
+
+
 def test_who_chose_the_winner_does_not_judge_it(shop: Shop) -> None:
     shop.update()
     assert shop.steps.judged_after_trials
@@ -215,7 +256,7 @@ class TestPlan:
 
     def test_it_shows_trials_method_and_what_it_is_about(self, shop: Shop) -> None:
         told = self.show(shop, "--tune")
-        assert "spends     0 steps and 1 releases of item counts" in told
+        assert "spends     trials and 1 releases of item counts" in told
         assert "trials     10 of 6 steps" in told or "trials     a random number, 10 on" in told
         assert "epsilon after the update by method: repeat" in told and "compose" in told
         for named in ("unit: a user", "add or remove one user", "delta 0.0001", "accountant: PLD"):

@@ -12,7 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from raysys.cli import app
-from raysys.config import Config, EvaluateConfig, PrivacyConfig, PseudonymConfig, load_config
+from raysys.config import (
+    Config,
+    EvaluateConfig,
+    PrivacyConfig,
+    PseudonymConfig,
+    TuneConfig,
+    load_config,
+)
 from raysys.ledger.log import Log
 from raysys.ledger.records import PrivacySpend, SelectionSpend, UpdateStarted, UserGroup
 from raysys.ledger.state import State
@@ -113,7 +120,7 @@ class TestFigures:
         assert "of 8, for 30 updates at delta" in found.summary
         caps = {cap.key: cap.value for cap in found.caps}
         assert (caps["privacy.cohorts"], caps["privacy.noise_multiplier"]) == (8, 6)
-        assert any("1 groups of users by turns" in line for line in found.charged)
+        assert any("read 1 groups of users, and" in line for line in found.charged)
 
 
 class TestCovered:
@@ -161,6 +168,20 @@ class TestCovered:
         assert "number and timing of a selection's trials" in not_covered
         covered, not_covered = texts(build_statement(life(SPEND), config()))
         assert "trial" not in covered + not_covered
+
+    def test_of_an_abandoned_selection_nothing_was_released(self) -> None:
+        start = update(1, SELECTED)
+        covered, _ = texts(build_statement(folded(start, abandoned(start.update_id)), config()))
+        assert "which trial won" not in covered
+
+    def test_caps_of_trials_are_the_worst_that_they_may_draw(self) -> None:
+        space = {"privacy.noise_multiplier": (2.0, 0.7), "privacy.l2_clip_norm": (5.0, 1.0)}
+        caps = build_statement(State(), config(tune=TuneConfig(space=space))).caps
+        of_trials = {cap.key: cap.value for cap in caps if "of trials" in cap.meaning}
+        assert of_trials == {"privacy.noise_multiplier": 0.7, "privacy.l2_clip_norm": 5.0}
+        assert not any(
+            "of trials" in cap.meaning for cap in build_statement(State(), config()).caps
+        )
 
     def test_a_selections_trials_are_charged_by_steps_noise_and_score(self) -> None:
         once = dataclasses.replace(SELECTED, num_steps=0)

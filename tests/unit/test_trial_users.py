@@ -15,10 +15,11 @@ import pytest
 
 from raysys.config import EvaluateConfig, parse_config
 from raysys.errors import PrivacyError
-from raysys.evaluate import holdout
+from raysys.evaluate import compare, holdout
 from raysys.evaluate.compare import Weights, chosen
 from raysys.evaluate.holdout import HoldoutScore
 from raysys.evaluate.metrics import ranking_metrics
+from raysys.evaluate.private import Release
 from raysys.ingest import examples
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.examples import ShardResult
@@ -185,6 +186,34 @@ class TestSplit:
     def test_an_update_without_trials_is_judged_by_all(self) -> None:
         cases = _many_cases()
         assert len(chosen(cases, EXACT, 1)) == len(cases)
+
+    @pytest.mark.parametrize("config", [EXACT, EvaluateConfig(private=True, noise_multiplier=0.5)])
+    def test_the_comparison_after_trials_is_of_those_who_did_not_choose(
+        self, local_root: Root, monkeypatch: pytest.MonkeyPatch, config: EvaluateConfig
+    ) -> None:
+        monkeypatch.setattr(compare.ray, "put", lambda value: value)
+        monkeypatch.setattr(compare.ray, "get", lambda value: value)
+        monkeypatch.setattr(
+            compare, "run_tasks", lambda task, shards, num_cpus: list(map(task, shards))
+        )
+        monkeypatch.setattr(Release, "noise", lambda self, total: total)
+        cases = tiny_shop.shard(EVENTS).cases.with_columns(held_out=pl.lit(True))
+        local_root.put(cases_path("u", 0), _bytes(cases))
+        rng = np.random.default_rng(0)
+        text = rng.normal(size=(len(tiny_shop.distinct_texts()), 12)).astype(np.float32)
+        weights = Weights(head=Head.decayed_frequency(8), text=text)
+
+        def num_judges(after_trials: bool) -> int:
+            return compare.compare(
+                local_root, "u", items=ITEMS, text_of_item=tiny_shop.text_of_item(),
+                before=weights, after=weights, config=config, num_shards=1,
+                after_trials=after_trials,
+            ).num_holdout_users  # fmt: skip
+
+        num_choosing = sum(case.scores_trials for case in holdout.read_cases(_bytes(cases)))
+        assert 0 < num_choosing < len(cases)
+        assert num_judges(True) == len(cases) - num_choosing
+        assert num_judges(False) == len(cases)
 
     def test_it_halves_those_held_out_users_whom_trials_may_read(self) -> None:
         cases = _many_cases()

@@ -45,6 +45,28 @@ class Calibration:
         return sigmoid(self.slope * scores.astype(np.float64) + self.intercept).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A calibration and how good it is."""
+
+    slope: float
+    intercept: float
+    event: Event
+    num_users: int
+    base_rate: float
+    """How often the event happened."""
+    mean_predicted: float
+    """Mean probability of the candidates."""
+    expected_error: float | None = None
+    """Mean distance of probability and observed rate over bins of candidates, each half of the
+    users judged by what was fitted on the other; None where it is not released."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """What a version keeps of it."""
+        return Calibration(slope=self.slope, intercept=self.intercept, event=self.event)
+
+
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns `1 / (1 + exp(-log_odds))`, without overflow."""
     out: NDArray[np.float64] = 0.5 * (1 + np.tanh(0.5 * log_odds))
@@ -69,7 +91,7 @@ def without_fit(loss: str, reference: FloatArray) -> Calibration:
 
 def intercept_of(scores: FloatArray, rate: float) -> float:
     """Returns the intercept with which scores of slope 1 have this mean probability; finite."""
-    found = np.nan_to_num(scores.astype(np.float64), nan=0.0, posinf=1e6, neginf=-1e6)
+    found = finite(scores)
     log_rate = float(np.log(rate) - np.log1p(-rate)) if 0 < rate < 1 else 0.0
     if not len(found):
         return log_rate
@@ -78,3 +100,13 @@ def intercept_of(scores: FloatArray, rate: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if sigmoid(found + middle).mean() < rate else (low, middle)
     return (low + high) / 2
+
+
+def finite(scores: FloatArray) -> NDArray[np.float64]:
+    """Returns scores that can be counted, whatever a broken model gives."""
+    return np.nan_to_num(scores.astype(np.float64), nan=0.0, posinf=1e6, neginf=-1e6)
+
+
+def center_of(reference: FloatArray) -> float:
+    """Returns the score at which offsets begin: the mean of the public ones, (N,)."""
+    return float(finite(reference).mean()) if len(reference) else 0.0

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from raysys.ingest.features import IndexArray, UserHistory
 from raysys.ingest.history import Histories
 
+_OWN = ("held_out", "tried", "draw", "shown", "shown_positive")
 _HISTORY = ("items", "count", "decayed", "first_ts", "last_ts")
 CASE_SCHEMA = {
     "held_out": pl.Boolean(),
@@ -24,6 +25,8 @@ CASE_SCHEMA = {
     "now": pl.Float64(),
     "positives": pl.List(pl.Int32()),
     "gains": pl.List(pl.Float32()),
+    "shown": pl.List(pl.Int32()),
+    "shown_positive": pl.List(pl.Boolean()),
     **{name: pl.List(pl.Int32() if name == "items" else pl.Float64()) for name in _HISTORY},
 }
 
@@ -39,8 +42,13 @@ class Case:
     """Uniform in [0, 1), of this user alone: who is below a fraction depends on nobody else."""
     history: UserHistory
     positives: IndexArray
+    """Items with an outcome in the window. None of a held-out user who was only shown something."""
     gains: NDArray[np.float32]
     now: float
+    shown: IndexArray
+    """Of a held-out user: items of mature requests without a query, each time that it was shown."""
+    shown_positive: NDArray[np.bool_]
+    """Whether each of them had an outcome in time."""
 
     @property
     def scores_trials(self) -> bool:
@@ -48,7 +56,13 @@ class Case:
 
         A high bit of the draw: half of the held-out users, and half of those below any fraction.
         """
-        return self.held_out and self.tried and bool(int(self.draw * 2**32) & 1)
+        chosen = self.held_out and self.tried and bool(int(self.draw * 2**32) & 1)
+        return chosen and len(self.positives) > 0
+
+    @property
+    def half(self) -> int:
+        """Which half of the users it is of, 0 or 1, whether or not it scores trials."""
+        return int(self.draw * 2**31) & 1
 
 
 def build_cases(
@@ -56,21 +70,28 @@ def build_cases(
     lookup: Histories,
     window_start: float,
     held_out: pl.DataFrame,
+    shown: pl.DataFrame,
     *,
     seed: int,
 ) -> pl.DataFrame:
-    """Returns a row of CASE_SCHEMA for each user with an outcome since `window_start`.
+    """Returns a row of CASE_SCHEMA for each user with an outcome since `window_start`, and for each
+    held-out user who was shown something since.
 
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
       held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether trials read them.
+      shown: `user`, `item`, `gain` (0 without an outcome) of held-out users: `shown_to_held_out`.
       seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)
+    taken = window.group_by("user", maintain_order=True).agg(pl.col("item", "gain"))
+    was_shown = shown.group_by("user", maintain_order=True).agg(
+        shown=pl.col("item"), shown_positive=pl.col("gain") > 0
+    )
     users = (
-        window.group_by("user", maintain_order=True)
-        .agg(pl.col("item", "gain"))
+        taken.join(was_shown, on="user", how="full", coalesce=True, maintain_order="left_right")
+        .with_columns(pl.col("item", "gain", "shown", "shown_positive").fill_null([]))
         .join(held_out, on="user", how="left", maintain_order="left")
         .with_columns(draw=pl.col("user").hash(seed) / 2.0**64)
     )
@@ -80,9 +101,25 @@ def build_cases(
         positives, gains = strongest(user["item"], user["gain"])
         columns = {name: getattr(history, name).tolist() for name in _HISTORY}
         chosen = {"positives": positives.tolist(), "gains": gains.tolist()}
-        own = {name: user[name] for name in ("held_out", "tried", "draw")}
+        own = {name: user[name] for name in _OWN}
         rows.append({**own, "now": window_start, **chosen, **columns})
     return pl.DataFrame(rows, schema=CASE_SCHEMA)
+
+
+def shown_to_held_out(
+    mature: pl.DataFrame, held_out: pl.DataFrame, window_start: float
+) -> pl.DataFrame:
+    """Returns what held-out users were shown since `window_start`, by whom no query was asked.
+
+    Evaluation scores without queries, so what was shown for one says nothing of these scores.
+
+    Args:
+      mature: `Labelled.mature`.
+    """
+    for_query = (pl.col("query").fill_null("") != "").any().over("user", "request_id")
+    recent = mature.filter((pl.col("ts") >= window_start) & ~for_query)
+    users = held_out.filter("held_out")
+    return recent.join(users, on="user", how="semi", maintain_order="left")
 
 
 def read_cases(data: bytes) -> Iterator[Case]:
@@ -98,6 +135,8 @@ def read_cases(data: bytes) -> Iterator[Case]:
             now=row["now"],
             positives=np.array(row["positives"], np.int32),
             gains=np.array(row["gains"], np.float32),
+            shown=np.array(row["shown"], np.int32),
+            shown_positive=np.array(row["shown_positive"], bool),
         )  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
 
 def _logs_impressions(ingested: Ingested) -> bool:
     counts = ingested.label_counts["impressions"]
-    return counts["with_outcome"] + counts["without_outcome"] > 0
+    return any(counts.get(fate, 0) for fate in ("with_outcome", "without_outcome"))
 
 
 def _ingest(run: _Run) -> Ingested:

@@ -10,6 +10,7 @@ Shape suffix: K = candidates.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,13 +19,20 @@ from numpy.typing import NDArray
 from raysys.ingest.features import FloatArray
 
 Event = Literal["shown", "taken", "trained", "next"]
-"""What a probability is of.
+"""What a probability is of: see `EVENT_MEANINGS`."""
 
-`shown`: an outcome, if the item is shown, of a user at random and one of the items shown to that
-user. `taken`: that a user who takes anything in an evaluation window takes this item in it.
-`trained`: the outcome that a pointwise loss was trained on, as trained, not checked on anyone.
-`next`: that the one item that an unknown user takes next is this one, not checked on anyone.
-"""
+EVENT_MEANINGS: Mapping[Event, str] = {
+    "shown": (
+        "an outcome of an item that is shown: of a user at random, and one of the items that were "
+        "shown to that user without a query"
+    ),
+    "taken": (
+        "a user taking the item within the evaluation window, of users who take anything in it and "
+        "of all items of the catalogue"
+    ),
+    "trained": "an outcome as the pointwise loss was trained on; checked on nobody",
+    "next": "the next item that an unknown user takes being this one; checked on nobody",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

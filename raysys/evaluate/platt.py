@@ -161,7 +161,7 @@ def fit_halves(halves: Array, center: float, num_items: int) -> Fit | None:
     ]
     if fitted is None or len(errors) < len(tallies):
         return fitted
-    return dataclasses.replace(fitted, expected_error=sum(errors) / sums[:, 0].sum())
+    return dataclasses.replace(fitted, expected_error=sum(errors) / float(sums[:, 0].sum()))
 
 
 def _fit_of(tally: Tally, event: Event, slope: float, offset: float, center: float) -> Fit:

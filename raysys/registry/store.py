@@ -169,6 +169,18 @@ class LoadedVersion:
                     f"version {self.name} scores a golden request {worst:.4f} away from what "
                     f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
                 )
+            self._check_probabilities(expected, request.get("probabilities"))
+
+    def _check_probabilities(self, scores: FloatArray, recorded: object) -> None:
+        if recorded is None:  # of a version whose manifest had schema 2 or less
+            return
+        expected, got = np.array(recorded, np.float32), self.probabilities(scores)
+        # Of the recorded scores, so they are as exact as the calibration; rare events are small.
+        if not np.allclose(got, expected, rtol=1e-4, atol=0):
+            raise ArtifactError(
+                f"version {self.name} gives a golden request probabilities up to {got.max():.3g}, "
+                f"training recorded up to {expected.max():.3g}; it is not served"
+            )
 
     def record_golden(self) -> list[dict[str, object]]:
         """Returns golden requests. Made of items alone: no user is in them."""
@@ -185,7 +197,11 @@ class LoadedVersion:
             }
             for i, query in enumerate(queries)
         ]
-        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+        scores = [self._golden_scores(request) for request in requests]
+        return [
+            {**request, "scores": s.tolist(), "probabilities": self.probabilities(s).tolist()}
+            for request, s in zip(requests, scores, strict=True)
+        ]
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None

@@ -141,10 +141,24 @@ def _score_all(
     case: Case, text_of_item: IndexArray, weights: Weights, shared: FloatArray
 ) -> FloatArray:
     """Returns a score for every item of the table, (N,)."""
-    attended, attention = case.history.attention(NUM_ATTENDED)
-    pooled = pool_history(weights.text[text_of_item[attended]], attention)
+    pooled = _pooled(case, text_of_item, weights)
     by_history = None if pooled is None else (weights.text @ pooled)[text_of_item]
     return weights.head.score(head_inputs(shared, by_history, None))
+
+
+def _score_shown(case: Case, arms: Arms) -> FloatArray:
+    """Returns the new weights' scores of what was shown."""
+    shared = features(case.history, arms.items, case.shown, now=case.now)
+    pooled = _pooled(case, arms.text_of_item, arms.after)
+    text = arms.after.text[arms.text_of_item[case.shown]]
+    return arms.after.head.score(
+        head_inputs(shared, None if pooled is None else text @ pooled, None)
+    )
+
+
+def _pooled(case: Case, text_of_item: IndexArray, weights: Weights) -> FloatArray | None:
+    attended, attention = case.history.attention(NUM_ATTENDED)
+    return pool_history(weights.text[text_of_item[attended]], attention)
 
 
 def _evaluate_shard(
@@ -177,12 +191,13 @@ def chosen(
 ) -> list[Case]:
     """Returns the cases of a shard that are scored."""
     if after_trials:
-        cases = [case for case in cases if not case.scores_trials]
+        cases = [case for case in cases if not case.user_scores_trials]
     if config.private:
         return [case for case in cases if case.draw < config.sample_fraction]
+    most = -(-config.max_users // num_shards)
     # Held-out users first: the comparison needs all of them, the prequential figure a sample.
-    held_out_first = sorted(cases, key=lambda case: not case.held_out)
-    return held_out_first[: -(-config.max_users // num_shards)]
+    ranked = sorted((case for case in cases if case.is_ranked), key=lambda case: not case.held_out)
+    return ranked[:most] + [case for case in cases if not case.is_ranked][:most]
 
 
 def measure(cases: list[Case], arms: Arms, scale: Scale) -> Figures:
@@ -191,19 +206,20 @@ def measure(cases: list[Case], arms: Arms, scale: Scale) -> Figures:
     before = np.zeros((num, len(METRIC_NAMES)))
     after, masses = before.copy(), np.zeros((num, len(KNOTS)))
     odds = Odds.empty(num, scale.bins)
-    is_ranked = np.array([len(case.positives) > 0 for case in cases], bool)
     for i, case in enumerate(cases):
+        if not case.is_ranked:
+            odds.set_shown(i, case, _score_shown(case, arms), scale.center, scale.bins)
+            continue
         shared = features(case.history, arms.items, everything, now=case.now)
-        if is_ranked[i]:
-            scores = _score_all(case, arms.text_of_item, arms.before, shared)
-            found = places(scores, case.positives)
-            before[i] = place_metrics(found, case.gains, len(scores))
-            masses[i] = auc_masses(share_below(found, len(scores)))
+        scores = _score_all(case, arms.text_of_item, arms.before, shared)
+        found = places(scores, case.positives)
+        before[i] = place_metrics(found, case.gains, len(scores))
+        masses[i] = auc_masses(share_below(found, len(scores)))
         if case.held_out:
             scores = _score_all(case, arms.text_of_item, arms.after, shared)
-            odds.set(i, case, scores, scale.center, scale.bins)
-            if is_ranked[i]:
-                after[i] = ranking_metrics(scores, case.positives, case.gains)
+            after[i] = ranking_metrics(scores, case.positives, case.gains)
+            odds.set_taken(i, case, scores, scale.center, scale.bins)
+    is_ranked = np.array([case.is_ranked for case in cases], bool)
     held_out = np.array([case.held_out for case in cases], bool)
     return Figures(
         held_out=held_out, is_ranked=is_ranked, before=before, after=after, masses=masses, odds=odds

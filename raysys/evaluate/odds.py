@@ -2,9 +2,10 @@
 
     scores of a case (evaluation has them already) -> Odds, one row a user -> private | platt
 
-Two events: an outcome of what was shown (`shown`), from logged requests without a query, and that
-an item is taken in the window (`taken`), of all items. Scores count as offsets from a public
-centre, in bins. A user weighs the same however many candidates there were: rates, not counts.
+Two events: an outcome of what was shown (`shown`), of logged requests without a query, and that an
+item is taken in the window (`taken`), of all items. A case is of one of them. Scores count as
+offsets from a public centre, in bins. A user weighs the same however many candidates there were:
+rates, not counts.
 
 Shape suffixes: U = users, E = events, K = candidates of a user, B = bins, M = nodes.
 """
@@ -79,7 +80,7 @@ COARSE = Bins(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Odds:
-    """One row a user; zeros where the event could not happen, or a score is not finite."""
+    """One row a case; zeros where it is not of the event, or a score is not finite."""
 
     is_fitted: NDArray[np.bool_]
     """(U, E)."""
@@ -96,7 +97,7 @@ class Odds:
 
     @classmethod
     def empty(cls, num_users: int, bins: Bins) -> Odds:
-        """Rows to be filled by `set`."""
+        """Rows to be filled."""
         shape = (num_users, len(EVENTS))
         return cls(
             is_fitted=np.zeros(shape, bool),
@@ -111,24 +112,33 @@ class Odds:
         """Returns some of the users' rows."""
         return Odds(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
-    def set(self, user: int, case: Case, scores: FloatArray, center: float, bins: Bins) -> None:
+    def set_taken(
+        self, user: int, case: Case, scores: FloatArray, center: float, bins: Bins
+    ) -> None:
         """Fills a user's row from the scores of all items, (N,)."""
+        is_taken = np.zeros(len(scores), bool)
+        is_taken[case.positives] = True
+        self._set(user, "taken", scores.astype(np.float64) - center, is_taken, bins)
+
+    def set_shown(
+        self, user: int, case: Case, scores: FloatArray, center: float, bins: Bins
+    ) -> None:
+        """Fills a user's row from the scores of `case.shown`."""
         offsets = scores.astype(np.float64) - center
+        self._set(user, "shown", offsets, case.shown_positive, bins)
+
+    def _set(
+        self, user: int, event: Event, offsets: Array, is_positive: NDArray[np.bool_], bins: Bins
+    ) -> None:
         if not np.isfinite(offsets).all():
             return
-        taken = np.zeros(len(offsets), bool)
-        taken[case.positives] = True
-        pairs = {"shown": (offsets[case.shown], case.shown_positive), "taken": (offsets, taken)}
-        for event, name in enumerate(EVENTS):
-            found, is_positive = pairs[name]
-            if not len(found) or (name == "taken" and not len(case.positives)):
-                continue
-            self.is_fitted[user, event] = True
-            self.num_pairs[user, event] = len(found)
-            self.rate[user, event] = is_positive.mean()
-            self.lift[user, event] = bins.clip(found[is_positive]).sum() / len(found)
-            self.candidates[user, event] = bins.count(found) / len(found)
-            self.positives[user, event] = bins.count(found[is_positive]) / len(found)
+        at, num = (user, EVENTS.index(event)), len(offsets)
+        self.is_fitted[at] = True
+        self.num_pairs[at] = num
+        self.rate[at] = is_positive.mean()
+        self.lift[at] = bins.clip(offsets[is_positive]).sum() / num
+        self.candidates[at] = bins.count(offsets) / num
+        self.positives[at] = bins.count(offsets[is_positive]) / num
 
     def totals(self, users: NDArray[np.bool_]) -> Array:
         """Returns sums over these users, (E, 4 + 2 B): number, pairs, rate, lift, shares."""

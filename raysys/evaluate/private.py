@@ -67,12 +67,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was measured of each user."""
+    """What was measured, a row for each case."""
 
     held_out: NDArray[np.bool_]
     """(U,)."""
     is_ranked: NDArray[np.bool_]
-    """(U,) whether there is a positive to be ranked; else the user counts for calibration alone."""
+    """(U,) false where the row is of what a held-out user was shown: it counts for calibration
+    alone. Such a user may have another row, but none that fills the same parts."""
     before: Array
     """(U, 3) `METRIC_NAMES` under the previous weights."""
     after: Array
@@ -121,7 +122,7 @@ class Release:
           event: Of calibration; what it is must not depend on what one user did.
           num_items: Of the catalogue.
         """
-        limit = config.max_difference
+        limit, shown = config.max_difference, event == "shown"
         wide = 1.0  # a conversion comes, goes or stays: clipped, it would count as a part of one
         parts = {
             "held.count": Part(width=1, bound=1.0, share=0.09),
@@ -134,16 +135,17 @@ class Release:
             "square.ndcg10": Part(width=1, bound=limit**2 / 2, share=0.05),
             "square.conversion10": Part(width=1, bound=wide**2 / 2, share=0.02),
             "square.auc": Part(width=1, bound=limit**2 / 2, share=0.01),
-            "fit.count": Part(width=1, bound=1.0, share=0.02),
             "fit.rate": Part(width=1, bound=0.5, share=0.03),
             "fit.lift": Part(width=1, bound=1.0, share=0.02),
-            "fit.scores": Part(width=len(COARSE), bound=1.0, share=0.03),
+            "fit.scores": Part(width=len(COARSE), bound=1.0, share=0.03 if shown else 0.05),
             "seen.count": Part(width=1, bound=1.0, share=0.25),
             "seen.ndcg10": Part(width=1, bound=0.5, share=0.30),
             "seen.conversion10": Part(width=1, bound=0.5, share=0.20),
             "seen.auc": Part(width=KNOTS.size, bound=1.0, share=0.25),
         }
-        max_rate = 1.0 if event == "shown" else min(1.0, MAX_TAKEN / max(num_items, 1))
+        if shown:  # to others than those whose window is judged
+            parts["fit.count"] = Part(width=1, bound=1.0, share=0.02)
+        max_rate = 1.0 if shown else min(1.0, MAX_TAKEN / max(num_items, 1))
         return cls(
             parts=parts, noise_multiplier=config.noise_multiplier, max_difference=limit,
             event=event, max_rate=max_rate,
@@ -246,7 +248,7 @@ class Release:
           reference: (B,) as for `fit_noised`.
         """
         sums = self._sums(noised)
-        count = sums["fit.count"]
+        count = sums["fit.count" if self.event == "shown" else "held.count"]
         if is_too_few(count):
             return None
         rate, lift, scores = (sums[f"fit.{name}"] for name in ("rate", "lift", "scores"))

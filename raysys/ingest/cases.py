@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from raysys.ingest.features import IndexArray, UserHistory
 from raysys.ingest.history import Histories
 
-_OWN = ("held_out", "tried", "draw", "shown", "shown_positive")
+_OWN = ("held_out", "tried", "draw", "now", "shown", "shown_positive")
 _HISTORY = ("items", "count", "decayed", "first_ts", "last_ts")
 CASE_SCHEMA = {
     "held_out": pl.Boolean(),
@@ -33,7 +33,7 @@ CASE_SCHEMA = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One user's evaluation window, seen from its beginning."""
+    """One user's evaluation window, seen from its beginning; or what a held-out user was shown."""
 
     held_out: bool
     tried: bool
@@ -42,11 +42,11 @@ class Case:
     """Uniform in [0, 1), of this user alone: who is below a fraction depends on nobody else."""
     history: UserHistory
     positives: IndexArray
-    """Items with an outcome in the window. None of a held-out user who was only shown something."""
+    """Items with an outcome in the window; none where the case is of what was shown."""
     gains: NDArray[np.float32]
     now: float
     shown: IndexArray
-    """Of a held-out user: items of mature requests without a query, each time that it was shown."""
+    """Items of mature requests without a query, as often as shown; none where of the window."""
     shown_positive: NDArray[np.bool_]
     """Whether each of them had an outcome in time."""
 
@@ -56,8 +56,17 @@ class Case:
 
         A high bit of the draw: half of the held-out users, and half of those below any fraction.
         """
-        chosen = self.held_out and self.tried and bool(int(self.draw * 2**32) & 1)
-        return chosen and len(self.positives) > 0
+        return self.is_ranked and self.user_scores_trials
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether there is something to be ranked: it is not a case of what was shown."""
+        return len(self.positives) > 0
+
+    @property
+    def user_scores_trials(self) -> bool:
+        """Whether the user scores trials, if there is something to be ranked."""
+        return self.held_out and self.tried and bool(int(self.draw * 2**32) & 1)
 
     @property
     def half(self) -> int:
@@ -74,52 +83,53 @@ def build_cases(
     *,
     seed: int,
 ) -> pl.DataFrame:
-    """Returns a row of CASE_SCHEMA for each user with an outcome since `window_start`, and for each
-    held-out user who was shown something since.
+    """Returns rows of CASE_SCHEMA: one for each user with an outcome since `window_start`, as of
+    then; and one for each user of `shown`, as of the first that was shown.
 
     Args:
       outcomes: `user`, `item` (index), `ts`, `gain`, sorted by user.
       window_start: UNIX seconds.
       held_out: HELD_OUT_SCHEMA of at least these users, and `tried`: whether trials read them.
-      shown: `user`, `item`, `gain` (0 without an outcome) of held-out users: `shown_to_held_out`.
+      shown: As `shown_to_held_out` gives it.
       seed: Of the users' draws.
     """
     window = outcomes.filter(pl.col("ts") >= window_start)
-    taken = window.group_by("user", maintain_order=True).agg(pl.col("item", "gain"))
-    was_shown = shown.group_by("user", maintain_order=True).agg(
-        shown=pl.col("item"), shown_positive=pl.col("gain") > 0
+    taken = window.group_by("user", maintain_order=True).agg(
+        pl.col("item", "gain"), now=pl.lit(window_start)
     )
+    judged = shown.group_by("user", maintain_order=True).agg(
+        shown=pl.col("item"), shown_positive=pl.col("gain") > 0, now=pl.col("ts").min()
+    )
+    empty = [pl.col(name).fill_null([]) for name in ("item", "gain", "shown", "shown_positive")]
     users = (
-        taken.join(was_shown, on="user", how="full", coalesce=True, maintain_order="left_right")
-        .with_columns(pl.col("item", "gain", "shown", "shown_positive").fill_null([]))
+        pl.concat([taken, judged], how="diagonal")
+        .with_columns(empty)
         .join(held_out, on="user", how="left", maintain_order="left")
         .with_columns(draw=pl.col("user").hash(seed) / 2.0**64)
     )
     rows = []
     for user in users.iter_rows(named=True):
-        history = lookup.at(user["user"], window_start)
+        history = lookup.at(user["user"], user["now"])
         positives, gains = strongest(user["item"], user["gain"])
         columns = {name: getattr(history, name).tolist() for name in _HISTORY}
         chosen = {"positives": positives.tolist(), "gains": gains.tolist()}
-        own = {name: user[name] for name in _OWN}
-        rows.append({**own, "now": window_start, **chosen, **columns})
+        rows.append({**{name: user[name] for name in _OWN}, **chosen, **columns})
     return pl.DataFrame(rows, schema=CASE_SCHEMA)
 
 
-def shown_to_held_out(
-    mature: pl.DataFrame, held_out: pl.DataFrame, window_start: float
-) -> pl.DataFrame:
-    """Returns what held-out users were shown since `window_start`, by whom no query was asked.
+def shown_to_held_out(mature: pl.DataFrame, held_out: pl.DataFrame, since: float) -> pl.DataFrame:
+    """Returns what held-out users were shown since then, in requests without a query.
 
     Evaluation scores without queries, so what was shown for one says nothing of these scores.
 
     Args:
       mature: `Labelled.mature`.
+      since: UNIX seconds.
     """
     for_query = (pl.col("query").fill_null("") != "").any().over("user", "request_id")
-    recent = mature.filter((pl.col("ts") >= window_start) & ~for_query)
+    recent = mature.filter((pl.col("ts") >= since) & ~for_query)
     users = held_out.filter("held_out")
-    return recent.join(users, on="user", how="semi", maintain_order="left")
+    return recent.join(users, on="user", how="semi", maintain_order="left").sort("user", "ts")
 
 
 def read_cases(data: bytes) -> Iterator[Case]:

@@ -145,7 +145,12 @@ def build_shard(
     _require_group(requests["user"], settings)
     window = _after_history(outcomes, before.histories)
     tried = _tried_requests(labelled, held_out, settings)
-    judged = shown_to_held_out(labelled.mature, held_out, settings.window_start)
+    judged = shown_to_held_out(
+        labelled.mature,
+        held_out,
+        # A request of the window is mature an attribution window later, maybe an update later.
+        settings.window_start - settings.labels.attribution_window_s,
+    )
     users = [requests["user"], window["user"], judged["user"]]
     users += [] if tried is None else [tried["user"]]
     lookup = _lookup(outcomes, before, pl.concat(users), settings)

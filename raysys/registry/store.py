@@ -81,6 +81,8 @@ class LoadedVersion:
         place = {text: i for i, text in enumerate(weights.texts)}
         self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
         self._queries: OrderedDict[str, FloatArray] = OrderedDict()
+        self.calibration = manifest.calibration or self._without_fit()
+        """How scores become probabilities; without one of its own the best that can be said."""
 
     def history(self, user: str) -> UserHistory:
         """Returns the history of a pseudonym, an empty one if it is unknown."""
@@ -128,15 +130,6 @@ class LoadedVersion:
         Args: as `score`. Names and meaning: `model.explain`.
         """
         return explain(self._weights.head, self._inputs(history, candidates, now, query))
-
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        """The version's own; without one the best that can be said: see `without_fit`."""
-        if self.manifest.calibration is not None:
-            return self.manifest.calibration
-        everything = np.arange(len(self.items), dtype=np.int32)
-        reference = self.score(UserHistory.empty(), everything, now=self.items.as_of, query=None)
-        return without_fit(self.manifest.loss, reference)
 
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
@@ -202,6 +195,12 @@ class LoadedVersion:
             {**request, "scores": s.tolist(), "probabilities": self.probabilities(s).tolist()}
             for request, s in zip(requests, scores, strict=True)
         ]
+
+    def _without_fit(self) -> Calibration:
+        everything = np.arange(len(self.items), dtype=np.int32)
+        nobody = UserHistory.empty()
+        reference = self.score(nobody, everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None

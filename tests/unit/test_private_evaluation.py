@@ -162,6 +162,19 @@ class TestSensitivity:
             moved = largest_move(RELEASE, figures_of([user], odds))
             assert moved == pytest.approx(RELEASE.l2_sensitivity, rel=1e-6)
 
+    def test_a_user_of_a_window_who_was_shown_something_too_moves_them_by_no_more(self) -> None:
+        """Two rows, of which each fills what the other leaves."""
+        masses = auc_masses(np.array([1.0])).tolist()
+        rows = [(True, [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], masses)] * 2
+        full = (1.0, float(COARSE.edges[-1]), [0.0] * 9 + [1.0])
+        odds = odds_of([(False, *full), (True, *full)])
+        both = dataclasses.replace(figures_of(rows, odds), is_ranked=np.array([True, False]))
+        release = Release.of(CONFIG, "shown", 1000)
+        moved = float(np.linalg.norm(release.total(both)))
+        assert moved == pytest.approx(release.l2_sensitivity, rel=1e-6)
+        twice = dataclasses.replace(both, is_ranked=np.array([True, True]))
+        assert np.linalg.norm(release.total(twice)) > 1.3 * release.l2_sensitivity
+
     def test_without_the_clip_a_user_would_move_them_by_more(self) -> None:
         one_each = [6.0 * mass for mass in auc_masses(np.array([1.0]))]
         figures = figures_of([(False, [0.0, 0.0, 1.0], [0.0] * 3, one_each)])

@@ -337,6 +337,7 @@ class TestNoisedFit:
         nobody = np.zeros(sum(part.width for part in release.parts.values()))
         assert release.fit(nobody, 0.0, np.full(len(COARSE), 1 / len(COARSE))) is None
 
+    @settings(deadline=None)
     @given(
         values=st.lists(st.floats(-5, 5), min_size=1, max_size=10),
         std=st.floats(1e-4, 10),

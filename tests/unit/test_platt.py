@@ -260,6 +260,12 @@ class TestProbabilities:
         assert found.dtype == np.float32
         assert (found >= 0).all() and (found <= 1).all() and (np.diff(found) >= 0).all()
 
+    def test_rare_events_keep_their_ratios(self) -> None:
+        """Ads rank by probability times bid: a rare one must not be rounded away."""
+        calibration = Calibration(slope=1.0, intercept=-40.0, event="taken")
+        one, two = calibration.probabilities(np.float32([0.0, math.log(2)]))
+        assert two / one == pytest.approx(2.0, rel=1e-5) and one > 0
+
     @pytest.mark.parametrize(
         ("slope", "intercept"), [(-0.1, 0.0), (math.nan, 0.0), (1.0, math.inf)]
     )

@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from raysys.errors import ArtifactError
+from raysys.evaluate.calibrate import Calibration, without_fit
 from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import FloatArray, IndexArray, ItemTable, UserHistory, features
 from raysys.ingest.history import history_slices
@@ -33,6 +34,7 @@ from raysys.ingest.shard_state import load_histories
 from raysys.ingest.stats import load_item_state
 from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256
+from raysys.model.explain import explain
 from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.partitions.layout import state_folder
 from raysys.registry.version import Manifest, version_path
@@ -79,6 +81,8 @@ class LoadedVersion:
         place = {text: i for i, text in enumerate(weights.texts)}
         self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
         self._queries: OrderedDict[str, FloatArray] = OrderedDict()
+        self.calibration = manifest.calibration or self._without_fit()
+        """How scores become probabilities; without one of its own the best that can be said."""
 
     def history(self, user: str) -> UserHistory:
         """Returns the history of a pseudonym, an empty one if it is unknown."""
@@ -109,15 +113,23 @@ class LoadedVersion:
           now: UNIX seconds of the request.
           query: Text of a search. One that is not cached yet runs the encoder (tens of ms).
         """
-        text = self._weights.text[self._text_of_item[candidates]]
-        attended, attention = history.attention(NUM_ATTENDED)
-        pooled = pool_history(self._weights.text[self._text_of_item[attended]], attention)
-        inputs = head_inputs(
-            features(history, self.items, candidates, now=now),
-            None if pooled is None else text @ pooled,
-            text @ self._embed_query(query) if query else None,
-        )
-        return self._weights.head.score(inputs)
+        return self._weights.head.score(self._inputs(history, candidates, now, query))
+
+    def probabilities(self, scores: FloatArray) -> FloatArray:
+        """Returns a probability for each score, (K,) in [0, 1], never falling as scores rise.
+
+        What they are probabilities of is `calibration.event`.
+        """
+        return self.calibration.probabilities(scores)
+
+    def explain(
+        self, history: UserHistory, candidates: IndexArray, *, now: float, query: str | None
+    ) -> dict[str, FloatArray]:
+        """Returns the parts of each candidate's score by name, (K,) each; they add up to it.
+
+        Args: as `score`. Names and meaning: `model.explain`.
+        """
+        return explain(self._weights.head, self._inputs(history, candidates, now, query))
 
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
@@ -150,6 +162,18 @@ class LoadedVersion:
                     f"version {self.name} scores a golden request {worst:.4f} away from what "
                     f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
                 )
+            self._check_probabilities(expected, request.get("probabilities"))
+
+    def _check_probabilities(self, scores: FloatArray, recorded: object) -> None:
+        if recorded is None:  # of a version whose manifest had schema 2 or less
+            return
+        expected, got = np.array(recorded, np.float32), self.probabilities(scores)
+        # Of the recorded scores, so they are as exact as the calibration; rare events are small.
+        if not np.allclose(got, expected, rtol=1e-4, atol=0):
+            raise ArtifactError(
+                f"version {self.name} gives a golden request probabilities up to {got.max():.3g}, "
+                f"training recorded up to {expected.max():.3g}; it is not served"
+            )
 
     def record_golden(self) -> list[dict[str, object]]:
         """Returns golden requests. Made of items alone: no user is in them."""
@@ -166,7 +190,29 @@ class LoadedVersion:
             }
             for i, query in enumerate(queries)
         ]
-        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+        scores = [self._golden_scores(request) for request in requests]
+        return [
+            {**request, "scores": s.tolist(), "probabilities": self.probabilities(s).tolist()}
+            for request, s in zip(requests, scores, strict=True)
+        ]
+
+    def _without_fit(self) -> Calibration:
+        everything = np.arange(len(self.items), dtype=np.int32)
+        nobody = UserHistory.empty()
+        reference = self.score(nobody, everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
+
+    def _inputs(
+        self, history: UserHistory, candidates: IndexArray, now: float, query: str | None
+    ) -> FloatArray:
+        text = self._weights.text[self._text_of_item[candidates]]
+        attended, attention = history.attention(NUM_ATTENDED)
+        pooled = pool_history(self._weights.text[self._text_of_item[attended]], attention)
+        return head_inputs(
+            features(history, self.items, candidates, now=now),
+            None if pooled is None else text @ pooled,
+            text @ self._embed_query(query) if query else None,
+        )
 
     def _golden_scores(self, request: Mapping[str, object]) -> FloatArray:
         now, history, candidates = request["now"], request["history"], request["candidates"]

@@ -94,7 +94,7 @@ class RankService:
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
         self._replica_id = replica_id
-        self._config = config
+        self._config = self._rules = config
         self._keys = keys
         self._impressions = impressions
         self._feedback = feedback
@@ -108,10 +108,11 @@ class RankService:
             return
         self.view = view
         self._keys.follow(view.user_key_id)
-        if view.canary is None or view.rollout_id is None:
+        self._rules = view.rules or self._config
+        if view.canary is None or view.analysis_id is None:
             self.tally = None
-        elif self.tally is None or self.tally.rollout_id != view.rollout_id:
-            self.tally = Tally(self._replica_id, view.rollout_id, self._config)
+        elif self.tally is None or self.tally.rollout_id != view.analysis_id:
+            self.tally = Tally(self._replica_id, view.analysis_id, self._rules)
 
     @property
     def is_ready(self) -> bool:
@@ -150,7 +151,7 @@ class RankService:
             surface=request.surface,
             pseudonym=key.chain.pseudonym(user),
             has_user=request.user_id is not None,
-            rollout_id=self.view.rollout_id if choice.is_counted else None,
+            rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
         )
@@ -350,7 +351,7 @@ class RankService:
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000
-        if outcome == "ok" and latency_ms > self._config.latency_slo_ms:
+        if outcome == "ok" and latency_ms > self._rules.latency_slo_ms:
             outcome = "slow"
         is_bad = outcome not in ("ok", "forced", "canary_not_loaded")
         if self.tally is not None and self.tally.rollout_id == tag.rollout_id:

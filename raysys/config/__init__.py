@@ -8,7 +8,8 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 
 shop.py     all sections together
 data.py     what an update reads and makes of it
-model.py    how the ranker is trained, kept private, judged and rolled out
+model.py    how the ranker is trained, kept private and judged
+rollout.py  how a canary is put on trial on live traffic
 tune.py     which hyperparameters are tried, and how that is charged
 load.py     YAML -> Config
 """
@@ -22,21 +23,22 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
-from raysys.config.load import load_config, parse_config, with_values
+from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
+from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "Analysis",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",
@@ -46,13 +48,16 @@ __all__ = [
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
+    "Pause",
     "PrivacyConfig",
     "PseudonymConfig",
     "RolloutConfig",
     "SchemaConfig",
+    "Step",
     "TrainConfig",
     "TuneConfig",
     "load_config",
     "parse_config",
+    "parse_rollout",
     "with_values",
 ]

@@ -10,6 +10,7 @@ shop.py     all sections together
 data.py     what an update reads and makes of it
 model.py    how the ranker is trained, kept private, judged and rolled out
 tune.py     which hyperparameters are tried, and how that is charged
+impressions.py  what a replica keeps of what it shows, and compares
 load.py     YAML -> Config
 """
 
@@ -22,6 +23,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.load import load_config, parse_config, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -41,6 +43,7 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "PseudonymConfig",
     "RolloutConfig",
     "SchemaConfig",
+    "ShadowConfig",
     "TrainConfig",
     "TuneConfig",
     "load_config",

@@ -246,6 +246,7 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        sample_fraction=config.impressions.sample_fraction,
         max_ts_age_s=args.max_ts_age_s,
     )
     return Replica(service, Follower(service, log, controller), impressions, feedback)

@@ -6,6 +6,11 @@ Whoever writes with `write` waits until the rows are in the object store, togeth
 else of that second (group commit). `add` does not wait: impressions may be lost with their replica,
 at most those of one interval. A row that was written twice, because an answer got lost, has the
 same `event_id` twice, and ingest keeps one. Users are pseudonyms; raw ids never come here.
+
+`position` is the place in the answer, from 1. `propensity` is the probability that this user was
+answered by this version: the split's weight for a canary, what remains of 1 for stable, 1 where
+nothing was drawn. It is that of the whole arrangement, since a version ranks without chance; how
+likely a place is to be looked at is not in it, and no constant for that is assumed.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import polars as pl
 from raysys.partitions.layout import events_prefix
 from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.serve.request_id import RequestTag
-from raysys.serve.schema import FeedbackRequest, RankedItem
+from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -43,24 +48,26 @@ _logger = logging.getLogger(__name__)
 def impression_rows(
     tag: RequestTag,
     request_id: str,
-    ranking: Sequence[RankedItem],
+    item_ids: Sequence[str],
     *,
     ts: float,
     query: str | None,
     user_key_id: str,
 ) -> list[Row]:
-    """Returns one row for each item of an answer."""
+    """Returns one row for each item of an answer, best first, or none if they are not kept."""
+    if not tag.is_kept:
+        return []
     common = _common(tag, request_id, user_key_id) | {"event_type": "impression", "query": query}
     when = _time(ts)
     return [
         {
             **common,
-            "event_id": f"{tag.nonce}-{item.rank}",
-            "item_id": item.item_id,
+            "event_id": f"{tag.nonce}-{position}",
+            "item_id": item_id,
             "ts": when,
-            "position": item.rank,
+            "position": position,
         }
-        for item in ranking
+        for position, item_id in enumerate(item_ids, 1)
     ]
 
 
@@ -76,6 +83,7 @@ def feedback_rows(
             "event_type": event.event_type,
             "item_id": event.item_id,
             "ts": _time(now if event.ts is None else event.ts),
+            "position": event.position,
             "price": event.price,
             "quantity": event.quantity,
         }
@@ -90,6 +98,8 @@ def _common(tag: RequestTag, request_id: str, user_key_id: str) -> dict[str, Any
         "user_key_id": user_key_id,
         "surface": tag.surface,
         "version": tag.version,
+        "propensity": tag.propensity,
+        "sample_fraction": tag.sample_fraction,
     }
 
 

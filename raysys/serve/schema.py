@@ -123,6 +123,9 @@ class FeedbackEvent(_Strict):
     item_id: Id
     ts: Ts | None = None
     """When it happened, UNIX seconds. Default: now."""
+    position: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
+    """`rank` of the item in the answer. A rollout compares by it how far up the versions put what
+    users choose; feedback without it counts as a conversion only."""
     price: Amount | None = None
     quantity: Amount | None = None
 

@@ -64,6 +64,8 @@ class _Choice:
     is_counted: bool = False
     outcome: Outcome = "ok"
     """If all goes well."""
+    propensity: float = 1.0
+    """Probability that the split chooses so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,7 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        sample_fraction: float = 1.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -99,6 +102,7 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._sample_fraction = sample_fraction
         self._max_ts_age_s = max_ts_age_s
         self._clock = clock
 
@@ -153,6 +157,8 @@ class RankService:
             rollout_id=self.view.rollout_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
+            propensity=choice.propensity,
+            sample_fraction=self._sample_fraction,
         )
         try:
             ranked, outcome = await self._rank_or_fall_back(request, user, choice, now)
@@ -160,7 +166,12 @@ class RankService:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
-        tag = dataclasses.replace(tag, version=ranked.version.name)
+        tag = dataclasses.replace(
+            tag,
+            version=ranked.version.name,
+            num_shown=len(ranked.ranking),
+            propensity=None if outcome == "canary_failed" else choice.propensity,
+        )
         answer = RankAnswer(
             request_id=key.request_ids.sign(tag),
             version=tag.version,
@@ -196,6 +207,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
+        _check_positions(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -258,9 +270,12 @@ class RankService:
             return _Choice(version=stable, arm=arm, outcome=outcome)
         # Neither side counts before both can answer: they are compared over the same time.
         is_counted = stable.name == view.stable
+        weight = view.weight_fraction
         if arm == "stable":
-            return _Choice(version=stable, is_counted=is_counted)
-        return _Choice(version=canary, fallback=stable, arm=arm, is_counted=is_counted)
+            return _Choice(version=stable, is_counted=is_counted, propensity=1 - weight)
+        return _Choice(
+            version=canary, fallback=stable, arm=arm, is_counted=is_counted, propensity=weight
+        )
 
     def _forced(self, name: str) -> _Choice:
         version = self.versions.get(name)
@@ -341,7 +356,7 @@ class RankService:
             impression_rows(
                 tag,
                 answer.request_id,
-                answer.ranking,
+                [item.item_id for item in answer.ranking],
                 ts=now if request.ts is None else request.ts,
                 query=request.query,
                 user_key_id=key.key_id,
@@ -358,3 +373,14 @@ class RankService:
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )
+
+
+def _check_positions(request: FeedbackRequest, num_shown: int) -> None:
+    """Refuses places that the answer does not have, which would count for or against a version."""
+    for number, event in enumerate(request.events):
+        if event.position is not None and event.position > num_shown:
+            raise ApiError(
+                422,
+                f"events.{number}.position: {event.position} is beyond the {num_shown} items of "
+                "the answer; send the item's rank in it",
+            )

@@ -154,6 +154,8 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        impressions_interval_s: float = 0.01,
+        sample_fraction: float = 1.0,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -163,7 +165,7 @@ class FakeReplica:
         self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
-        impressions = EventWriter(root, "impressions", interval_s=0.01)
+        impressions = EventWriter(root, "impressions", interval_s=impressions_interval_s)
         feedback = EventWriter(root, "feedback", interval_s=0.01)
         self.service = RankService(
             replica_id="replica-1",
@@ -173,6 +175,7 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            sample_fraction=sample_fraction,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 from collections.abc import Awaitable, Callable
 
@@ -10,7 +11,7 @@ import polars as pl
 import pytest
 
 from raysys.errors import StorageUnavailableError
-from raysys.serve.feedback import EventWriter, Row, feedback_rows
+from raysys.serve.feedback import EventWriter, Row, feedback_rows, impression_rows
 from raysys.serve.request_id import RequestIds, RequestTag
 from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
@@ -140,7 +141,7 @@ def test_the_same_event_sent_again_has_the_same_id() -> None:
     assert first["event_id"] == again["event_id"] != other["event_id"]
 
 
-@pytest.mark.parametrize("place", range(9))
+@pytest.mark.parametrize("place", range(12))
 def test_changing_any_part_of_a_request_id_breaks_it(place: int) -> None:
     ids = RequestIds(b"0123456789abcdef")
     fields = ids.sign(TAG).split(".")
@@ -157,3 +158,32 @@ def test_what_was_never_a_request_id_reads_as_none(request_id: str) -> None:
 def test_another_key_does_not_read_it() -> None:
     signed = RequestIds(b"0123456789abcdef").sign(TAG)
     assert RequestIds(b"another key 0123").read(signed) is None
+
+
+def test_an_answer_that_is_sampled_out_leaves_no_impressions_but_its_feedback_says_so() -> None:
+    kept, out = (
+        next(
+            tag
+            for n in range(1000)
+            if (tag := dataclasses.replace(TAG, nonce=f"{n:016x}", sample_fraction=0.3)).is_kept
+            is wanted
+        )
+        for wanted in (True, False)
+    )
+    page = {"ts": 0.0, "query": None, "user_key_id": "12345678"}
+    assert len(impression_rows(kept, "r", ["a", "b"], **page)) == 2
+    assert impression_rows(out, "r", ["a", "b"], **page) == []
+    event = {"event_type": "click", "item_id": "a", "position": 2}
+    feedback = FeedbackRequest.model_validate({"request_id": "r", "events": [event]})
+    (row,) = feedback_rows(out, feedback, now=0.0, user_key_id="12345678")
+    assert (row["sample_fraction"], row["position"]) == (0.3, 2)
+
+
+@pytest.mark.parametrize("propensity", [None, 0.0, 0.0001, 0.2, 1 / 3, 1.0])
+def test_a_request_id_carries_shares_to_six_digits(propensity: float | None) -> None:
+    ids = RequestIds(b"0123456789abcdef")
+    tag = dataclasses.replace(TAG, propensity=propensity, sample_fraction=1 / 7, num_shown=1000)
+    read = ids.read(ids.sign(tag))
+    assert read is not None and read.num_shown == 1000
+    assert read.propensity == pytest.approx(propensity, abs=1e-6)
+    assert read.sample_fraction == pytest.approx(1 / 7, abs=1e-6)

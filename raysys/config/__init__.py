@@ -8,9 +8,10 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 
 shop.py     all sections together
 data.py     what an update reads and makes of it
-model.py    how the ranker is trained, kept private, judged and rolled out
+model.py    how the ranker is trained, kept private and judged
+impressions.py  what replicas keep of what they show, and compare in the shadow
+rollout.py  how a canary is put on trial on live traffic
 tune.py     which hyperparameters are tried, and how that is charged
-impressions.py  what a replica keeps of what it shows, and compares
 load.py     YAML -> Config
 """
 
@@ -24,21 +25,22 @@ from raysys.config.data import (
     SchemaConfig,
 )
 from raysys.config.impressions import ImpressionConfig, ShadowConfig
-from raysys.config.load import load_config, parse_config, with_values
+from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
+from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "Analysis",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",
@@ -49,14 +51,17 @@ __all__ = [
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
+    "Pause",
     "PrivacyConfig",
     "PseudonymConfig",
     "RolloutConfig",
     "SchemaConfig",
     "ShadowConfig",
+    "Step",
     "TrainConfig",
     "TuneConfig",
     "load_config",
     "parse_config",
+    "parse_rollout",
     "with_values",
 ]

@@ -21,9 +21,9 @@ from raysys.config.model import (
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
+from raysys.config.rollout import RolloutConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 

@@ -83,7 +83,7 @@ def feedback_rows(
             "event_type": event.event_type,
             "item_id": event.item_id,
             "ts": _time(now if event.ts is None else event.ts),
-            "position": event.position,
+            "position": event.rank,
             "price": event.price,
             "quantity": event.quantity,
         }

@@ -123,9 +123,8 @@ class FeedbackEvent(_Strict):
     item_id: Id
     ts: Ts | None = None
     """When it happened, UNIX seconds. Default: now."""
-    position: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
-    """`rank` of the item in the answer. A rollout compares by it how far up the versions put what
-    users choose; feedback without it counts as a conversion only."""
+    rank: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
+    """Of the item in the answer: lets a rollout compare how high the chosen items stood."""
     price: Amount | None = None
     quantity: Amount | None = None
 

@@ -97,7 +97,7 @@ class RankService:
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
         self._replica_id = replica_id
-        self._config = config
+        self._config = self._rules = config
         self._keys = keys
         self._impressions = impressions
         self._feedback = feedback
@@ -112,10 +112,11 @@ class RankService:
             return
         self.view = view
         self._keys.follow(view.user_key_id)
-        if view.canary is None or view.rollout_id is None:
+        self._rules = view.rules or self._config
+        if view.canary is None or view.analysis_id is None:
             self.tally = None
-        elif self.tally is None or self.tally.rollout_id != view.rollout_id:
-            self.tally = Tally(self._replica_id, view.rollout_id, self._config)
+        elif self.tally is None or self.tally.rollout_id != view.analysis_id:
+            self.tally = Tally(self._replica_id, view.analysis_id, self._rules)
 
     @property
     def is_ready(self) -> bool:
@@ -154,7 +155,7 @@ class RankService:
             surface=request.surface,
             pseudonym=key.chain.pseudonym(user),
             has_user=request.user_id is not None,
-            rollout_id=self.view.rollout_id if choice.is_counted else None,
+            rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
             propensity=choice.propensity,
@@ -207,7 +208,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
-        _check_positions(request, tag.num_shown)
+        _check_ranks(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -365,7 +366,7 @@ class RankService:
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000
-        if outcome == "ok" and latency_ms > self._config.latency_slo_ms:
+        if outcome == "ok" and latency_ms > self._rules.latency_slo_ms:
             outcome = "slow"
         is_bad = outcome not in ("ok", "forced", "canary_not_loaded")
         if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
@@ -375,12 +376,12 @@ class RankService:
         )
 
 
-def _check_positions(request: FeedbackRequest, num_shown: int) -> None:
+def _check_ranks(request: FeedbackRequest, num_shown: int) -> None:
     """Refuses places that the answer does not have, which would count for or against a version."""
     for number, event in enumerate(request.events):
-        if event.position is not None and event.position > num_shown:
+        if event.rank is not None and event.rank > num_shown:
             raise ApiError(
                 422,
-                f"events.{number}.position: {event.position} is beyond the {num_shown} items of "
+                f"events.{number}.rank: {event.rank} is beyond the {num_shown} items of "
                 "the answer; send the item's rank in it",
             )

@@ -44,7 +44,7 @@ def replica_of(
     )
 
 
-def rank(client: TestClient, user: str, **headers: str) -> dict[str, Any]:
+def rank_for(client: TestClient, user: str, **headers: str) -> dict[str, Any]:
     body = {"user_id": user, "candidates": ["dates", "apple"], "query": "x", "surface": "search"}
     response = client.post("/v1/rank", json=body, headers=headers)
     assert response.status_code == 200, response.text
@@ -62,7 +62,7 @@ class TestPropensity:
     def test_is_the_share_of_the_side_that_answered(self, local_root: Root) -> None:
         with replica_of(local_root, rollout(weight_fraction=WEIGHT)).client() as client:
             for n in range(50):
-                rank(client, f"user-{n}")
+                rank_for(client, f"user-{n}")
         by_version = dict(
             written(local_root).select("version", "propensity").unique().iter_rows()
         )
@@ -73,7 +73,7 @@ class TestPropensity:
         num_users = 400
         with replica_of(local_root, rollout(weight_fraction=0.5)).client() as client:
             for n in range(num_users):
-                rank(client, f"user-{n}")
+                rank_for(client, f"user-{n}")
         first = written(local_root).filter(pl.col("position") == 1)
         for version in (STABLE, CANARY):
             answered = first.filter(pl.col("version") == version)
@@ -82,11 +82,11 @@ class TestPropensity:
 
     def test_is_1_without_a_canary_and_for_a_forced_version(self, local_root: Root) -> None:
         with replica_of(local_root, rollout(weight_fraction=WEIGHT)).client() as client:
-            assert rank(client, "alice", **{"X-Raysys-Version": CANARY})["version"] == CANARY
+            assert rank_for(client, "alice", **{"X-Raysys-Version": CANARY})["version"] == CANARY
         assert written(local_root)["propensity"].to_list() == [1.0, 1.0]
         other = Root(f"{local_root.uri}/other")
         with replica_of(other).client() as client:
-            rank(client, "alice")
+            rank_for(client, "alice")
         assert written(other)["propensity"].to_list() == [1.0, 1.0]
 
     def test_is_1_while_the_canary_is_not_loaded_since_all_get_stable(
@@ -96,7 +96,7 @@ class TestPropensity:
         on_trial = rollout(weight_fraction=0.5)
         with replica_of(local_root, on_trial, canary=away).client() as client:
             for n in range(10):
-                rank(client, f"user-{n}")
+                rank_for(client, f"user-{n}")
         assert set(written(local_root)["propensity"]) == {1.0}
 
     def test_is_unknown_where_stable_answers_for_a_canary_that_failed(
@@ -109,7 +109,7 @@ class TestPropensity:
         on_trial = rollout(weight_fraction=0.5)
         with replica_of(local_root, on_trial, canary=canary).client() as client:
             for n in range(20):
-                rank(client, f"user-{n}")
+                rank_for(client, f"user-{n}")
         rows = written(local_root)
         assert set(rows["version"]) == {STABLE}
         assert set(rows["propensity"]) == {0.5, None}
@@ -117,7 +117,7 @@ class TestPropensity:
 
 def test_rows_say_all_that_training_may_want(local_root: Root) -> None:
     with replica_of(local_root).client() as client:
-        answer = rank(client, "alice")
+        answer = rank_for(client, "alice")
     rows = written(local_root).select(
         "request_id", "version", "surface", "query", "item_id", "position", "sample_fraction"
     )
@@ -132,7 +132,7 @@ def test_a_sampled_replica_keeps_whole_answers_and_says_so_with_feedback(
 ) -> None:
     with replica_of(local_root, sample_fraction=0.5).client() as client:
         for n in range(40):
-            request_id = rank(client, f"user-{n}")["request_id"]
+            request_id = rank_for(client, f"user-{n}")["request_id"]
             event = {"event_type": "click", "item_id": "apple"}
             body = {"request_id": request_id, "events": [event]}
             if n < 5:
@@ -145,17 +145,17 @@ def test_a_sampled_replica_keeps_whole_answers_and_says_so_with_feedback(
 
 
 @pytest.mark.parametrize(
-    ("position", "status"), [(1, 200), (2, 200), (3, 422), (0, 422), (1001, 422)]
+    ("rank", "status"), [(1, 200), (2, 200), (3, 422), (0, 422), (1001, 422)]
 )
-def test_a_position_is_one_of_the_answer_or_is_refused(
-    local_root: Root, position: int, status: int
+def test_a_rank_is_one_of_the_answer_or_is_refused(
+    local_root: Root, rank: int, status: int
 ) -> None:
     with replica_of(local_root).client() as client:
-        request_id = rank(client, "alice")["request_id"]
-        event = {"event_type": "click", "item_id": "apple", "position": position}
+        request_id = rank_for(client, "alice")["request_id"]
+        event = {"event_type": "click", "item_id": "apple", "rank": rank}
         body = {"request_id": request_id, "events": [event]}
         response = client.post("/v1/feedback", json=body)
     assert response.status_code == status
-    if position == 3:
-        expected = "events.0.position: 3 is beyond the 2 items of the answer; send the item's rank"
+    if rank == 3:
+        expected = "events.0.rank: 3 is beyond the 2 items of the answer; send the item's rank"
         assert response.json()["error"].startswith(expected)

@@ -32,7 +32,7 @@ def test_acknowledged_feedback_outlives_its_replica(root: Root) -> None:
     with lone_replica(root, free_port()) as replica:
         first, lost = rank(replica), rank(replica)
         events = [
-            {"event_type": "click", "item_id": "apple", "position": 1},
+            {"event_type": "click", "item_id": "apple", "rank": 1},
             {"event_type": "purchase", "item_id": "apple", "price": 2.5},
         ]
         body = {"request_id": first["request_id"], "events": events}

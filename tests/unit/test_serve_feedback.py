@@ -173,7 +173,7 @@ def test_an_answer_that_is_sampled_out_leaves_no_impressions_but_its_feedback_sa
     page = {"ts": 0.0, "query": None, "user_key_id": "12345678"}
     assert len(impression_rows(kept, "r", ["a", "b"], **page)) == 2
     assert impression_rows(out, "r", ["a", "b"], **page) == []
-    event = {"event_type": "click", "item_id": "a", "position": 2}
+    event = {"event_type": "click", "item_id": "a", "rank": 2}
     feedback = FeedbackRequest.model_validate({"request_id": "r", "events": [event]})
     (row,) = feedback_rows(out, feedback, now=0.0, user_key_id="12345678")
     assert (row["sample_fraction"], row["position"]) == (0.3, 2)

@@ -99,8 +99,8 @@ class RolloutConfig:
     max_conversion_drop: float = 0.05
     """Tolerated stable minus canary share of answers that a purchase came of."""
     max_ndcg_drop: float = 0.05
-    """Tolerated stable minus canary NDCG of the answers that something was chosen from: how high the
-    chosen items stood. Counted where feedback tells their `rank`."""
+    """Tolerated stable minus canary NDCG of the answers that something was chosen from: how high
+    the chosen items stood. Counted where feedback tells their `rank`."""
     error_probability: float = 0.05
     """Chance that any look of one rollout ever errs, however often one looks."""
     deadline_s: float = 86_400.0

@@ -7,9 +7,10 @@
               -> RolloutChanged (promoted | rolled_back)
 
 Every record carries `schema_version`; an older one still reads. Version 4 added the steps of a
-rollout. Version 3 added spends that name disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and
-carries that of the record before it as `prev`, so that a record that was changed after it was
-written gives itself away. Times are UNIX seconds, UTC. Keys and paths are relative to the root.
+rollout, version 3 spends that name disjoint users and selections. Since version 2 a record ends
+with a hash of itself (`seal.py`) and carries that of the record before it as `prev`, so that a
+record that was changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys
+and paths are relative to the root.
 """
 
 from __future__ import annotations

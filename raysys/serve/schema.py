@@ -130,7 +130,7 @@ class FeedbackEvent(_Strict):
 
 
 class FeedbackRequest(_Strict):
-    """What came of one answer. Any event makes it a conversion, once, however often it is sent."""
+    """What came of one answer. Each choice counts once for a rollout, however often it is sent."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     """The `request_id` of the answer."""

@@ -26,7 +26,14 @@ from raysys.rollout.view import RolloutView
 from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
 from raysys.serve.keys import Key, Keys
 from raysys.serve.metrics import Metrics, Outcome
-from raysys.serve.ranker import ResidentVersions, ScoresError, Servable, rank_order, score
+from raysys.serve.ranker import (
+    InvalidScoresError,
+    ResidentVersions,
+    ScoresError,
+    Servable,
+    rank_order,
+    score,
+)
 from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
@@ -217,7 +224,8 @@ class RankService:
         # Who has a key that leaked can sign, but must not vote for a version.
         counts = self.tally is not None and self.tally.rollout_id == tag.rollout_id
         if self.tally is not None and counts and not signed.is_outdated:
-            self.tally.converted(tag)
+            for event in request.events:
+                self.tally.converted(tag, event.event_type, event.rank)
         self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
         return FeedbackAnswer(accepted=len(rows))
 
@@ -293,11 +301,13 @@ class RankService:
     ) -> tuple[_Ranked, Outcome]:
         try:
             return await self._rank_with(choice.version, request, user, now), choice.outcome
-        except ScoresError:
+        except ScoresError as error:
             if choice.fallback is None:
                 raise
             _logger.exception("stable answers a request in the canary's place")
-            return await self._rank_with(choice.fallback, request, user, now), "canary_failed"
+            invalid = isinstance(error, InvalidScoresError)
+            outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
+            return await self._rank_with(choice.fallback, request, user, now), outcome
 
     async def _rank_with(
         self, version: Servable, request: RankRequest, user: str, now: float
@@ -370,7 +380,12 @@ class RankService:
             outcome = "slow"
         is_bad = outcome not in ("ok", "forced", "canary_not_loaded")
         if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
-            self.tally.answered(tag, bad=is_bad)
+            self.tally.answered(
+                tag,
+                bad=is_bad,
+                invalid=outcome == "canary_invalid",
+                latency_ms=latency_ms if outcome in ("ok", "slow") else None,
+            )
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )

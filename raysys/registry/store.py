@@ -95,6 +95,16 @@ class LoadedVersion:
             half_life_s=self.items.half_life_s,
         )
 
+    @property
+    def text_vectors(self) -> FloatArray:
+        """(M, d) normalised embeddings of the catalogue's distinct texts."""
+        return self._weights.text
+
+    @property
+    def text_of_item(self) -> IndexArray:
+        """(N,) row in `text_vectors` of each item's text."""
+        return self._text_of_item
+
     def knows_query(self, query: str) -> bool:
         """Whether `score` needs no encoder for this query."""
         return query in self._queries
@@ -115,7 +125,7 @@ class LoadedVersion:
         inputs = head_inputs(
             features(history, self.items, candidates, now=now),
             None if pooled is None else text @ pooled,
-            text @ self._embed_query(query) if query else None,
+            text @ self.embed_query(query) if query else None,
         )
         return self._weights.head.score(inputs)
 
@@ -182,7 +192,8 @@ class LoadedVersion:
         shared = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
         return shared.with_weights(self._weights.adapted_weights)
 
-    def _embed_query(self, query: str) -> FloatArray:
+    def embed_query(self, query: str) -> FloatArray:
+        """Returns the normalised embedding of a search, (d,)."""
         cached = self._queries.get(query)
         if cached is None:
             cached = self._encoder.embed([query])[0]

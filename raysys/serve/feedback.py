@@ -25,7 +25,7 @@ import polars as pl
 from raysys.partitions.layout import events_prefix
 from raysys.partitions.schema import EVENT_SCHEMA
 from raysys.serve.request_id import RequestTag
-from raysys.serve.schema import FeedbackRequest, RankedItem
+from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -43,24 +43,24 @@ _logger = logging.getLogger(__name__)
 def impression_rows(
     tag: RequestTag,
     request_id: str,
-    ranking: Sequence[RankedItem],
+    item_ids: Sequence[str],
     *,
     ts: float,
     query: str | None,
     user_key_id: str,
 ) -> list[Row]:
-    """Returns one row for each item of an answer."""
+    """Returns one row for each item of an answer, in the order in which they are shown."""
     common = _common(tag, request_id, user_key_id) | {"event_type": "impression", "query": query}
     when = _time(ts)
     return [
         {
             **common,
-            "event_id": f"{tag.nonce}-{item.rank}",
-            "item_id": item.item_id,
+            "event_id": f"{tag.nonce}-{position}",
+            "item_id": item_id,
             "ts": when,
-            "position": item.rank,
+            "position": position,
         }
-        for item in ranking
+        for position, item_id in enumerate(item_ids, 1)
     ]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from raysys.config import RolloutConfig
 from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
-from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
+from raysys.serve.feedback import EventWriter, feedback_rows
+from raysys.serve.impressions import Impressions
 from raysys.serve.keys import Key, Keys
 from raysys.serve.metrics import Metrics, Outcome
 from raysys.serve.ranker import ResidentVersions, ScoresError, Servable, rank_order, score
@@ -338,10 +339,10 @@ class RankService:
         self, answer: RankAnswer, tag: RequestTag, key: Key, request: RankRequest, now: float
     ) -> None:
         self._impressions.add(
-            impression_rows(
-                tag,
-                answer.request_id,
-                answer.ranking,
+            Impressions(
+                tag=tag,
+                request_id=answer.request_id,
+                item_ids=[item.item_id for item in answer.ranking],
                 ts=now if request.ts is None else request.ts,
                 query=request.query,
                 user_key_id=key.key_id,

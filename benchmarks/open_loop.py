@@ -26,7 +26,7 @@ from typing import Any
 
 MAX_CONNECTIONS = 512
 MAX_IDLE_S = 1.0
-"""Servers close connections that are idle for longer; one that is about to be closed is not used."""
+"""Servers close those that are idle for longer; one that is about to be closed is not used."""
 TIMEOUT_S = 30.0
 
 

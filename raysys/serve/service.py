@@ -25,7 +25,8 @@ from raysys.rollout.view import RolloutView
 from raysys.serve.answer import Ranking, Task, rank_with, render
 from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended, Selection
 from raysys.serve.checks import check_candidates, check_filters, check_found
-from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
+from raysys.serve.feedback import EventWriter, feedback_rows
+from raysys.serve.impressions import Impressions
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import Metrics, Outcome
 from raysys.serve.ranker import ResidentVersions, ScoresError, Servable
@@ -209,10 +210,10 @@ class RankService:
         tag = dataclasses.replace(tag, version=ranking.version)
         request_id = key.request_ids.sign(tag)
         self._impressions.add(
-            impression_rows(
-                tag,
-                request_id,
-                ranking.item_ids,
+            Impressions(
+                tag=tag,
+                request_id=request_id,
+                item_ids=ranking.item_ids,
                 ts=task.when,
                 query=query,
                 user_key_id=key.key_id,

@@ -138,7 +138,7 @@ def pins_hold(order: list[str], positions: dict[str, int]) -> bool:
     in_place = all(
         order.index(item) == position - 1
         for item, position in here.items()
-        if position <= len(order) - len(late)
+        if position <= len(order)
     )
     return in_place and all(order.index(item) >= len(order) - len(here) for item in late)
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from fastapi.testclient import TestClient
 
-from raysys.config import RolloutConfig
-from raysys.ingest.features import UserHistory
+from raysys.config import RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
+from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.rollout.view import RolloutView
 from raysys.serve.app import create_api
 from raysys.serve.feedback import EventWriter
@@ -26,20 +27,39 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.serve.shelf import Shelves
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
 
 
-class FakeItems:
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.ids = list(ids)
+CATEGORY_OF = {"apple": "fruit", "bread": "bakery", "cheese": "dairy", "dates": "fruit"}
+BRANDS = ("acme", "umbra")
+HALF_LIFE_S = 28 * 86_400.0
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def index_of(self, item_id: str) -> int | None:
-        return self.ids.index(item_id) if item_id in self.ids else None
+def item_table(ids: Sequence[str], **changes: Any) -> ItemTable:
+    """Items of 1, 2, 3 ... in price, of two brands in turn; the last is the most popular."""
+    category_of = [CATEGORY_OF.get(i, "other") for i in ids]
+    categories = list(dict.fromkeys(category_of))
+    num = len(ids)
+    values: dict[str, Any] = {
+        "ids": list(ids),
+        "texts": list(map(", ".join, zip(ids, category_of, strict=True))),
+        "category": np.array(
+            [categories.index(CATEGORY_OF.get(i, "other")) for i in ids], np.int32
+        ),
+        "category_names": tuple(categories),
+        "brand": np.arange(num, dtype=np.int32) % 2,
+        "brand_names": BRANDS,
+        "price": np.arange(1, num + 1, dtype=np.float32),
+        "popularity": np.arange(num, dtype=np.float32),
+        "trend": np.zeros(num, np.float32),
+        "as_of": 0.0,
+        "half_life_s": HALF_LIFE_S,
+    }
+    return ItemTable(**{**values, **changes})
 
 
 class FakeVersion:
@@ -48,7 +68,7 @@ class FakeVersion:
     def __init__(
         self,
         name: str,
-        items: Sequence[str] = ITEMS,
+        items: Sequence[str] | ItemTable = ITEMS,
         *,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
         golden: Exception | None = None,
@@ -56,7 +76,11 @@ class FakeVersion:
     ) -> None:
         self.name = name
         self.user_key_id = user_key_id
-        self.items: Any = FakeItems(items)
+        self.items = items if isinstance(items, ItemTable) else item_table(items)
+        self.text_of_item = np.arange(len(self.items), dtype=np.int32)
+        # On a quarter of a circle: the further apart in the catalogue, the less similar.
+        angle = np.linspace(0, np.pi / 2, len(self.items))
+        self.text_vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         self._score = score
         self._golden = golden
         self.users: list[str] = []
@@ -67,21 +91,40 @@ class FakeVersion:
         self.users.append(user)
         return UserHistory.empty()
 
-    def history_of(self, item_ids: Sequence[str], now: float) -> Any:
-        return [self.items.index_of(item) for item in item_ids]
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory:
+        items = self.items.indexes_of(item_ids)
+        ones = np.ones(len(items))
+        return UserHistory.empty().extend(
+            items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
+        )
 
     def knows_query(self, query: str) -> bool:
         return query in self.queries
 
+    def embed_query(self, query: str) -> np.ndarray:
+        """Nearest to the item that the query names, then to its neighbours in the catalogue."""
+        place = self.items.index_of(query.split()[0].lower()) or 0
+        return self.text_vectors[place] if len(self.items) else np.zeros(2, np.float32)
+
     def score(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> np.ndarray:
         self.queries.append(query)
         self.times.append(now)
         scores = -candidates.astype(np.float32)
-        if isinstance(history, list):
-            scores += 100 * np.isin(candidates, history)
+        scores += 100 * np.isin(candidates, history.items)
         return self._score(scores) if self._score else scores
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
+
+    def explain(
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
+    ) -> dict[str, np.ndarray]:
+        """What the user knows is `repeat`, the rest is the place in the catalogue."""
+        scores = self.score(history, candidates, now=now, query=query)
+        place = -candidates.astype(np.float32)
+        return {"base": np.zeros_like(scores), "place": place, "repeat": scores - place}
 
     def check_golden(self) -> None:
         if self._golden is not None:
@@ -99,19 +142,40 @@ class FakeMetrics:
         self.outcomes: list[tuple[str, Outcome]] = []
         self.num_feedback = 0
         self.num_dropped = 0
+        self.num_written = 0
+        self.num_shown = 0
+        self.rejections: list[str] = []
         self.resident: set[str] = set()
+        self.failing: set[str] = set()
+        self.shadowed_by: list[tuple[str, ShadowOutcome]] = []
+        self.shadow = ShadowCounts()
 
     def ranked(self, *, version: str, surface: str, outcome: Outcome, latency_ms: float) -> None:
         self.outcomes.append((version, outcome))
 
-    def feedback(self, *, version: str, surface: str, num_events: int) -> None:
-        self.num_feedback += num_events
+    def shown(self, *, version: str, surface: str, num_items: int) -> None:
+        self.num_shown += num_items
 
-    def dropped(self, num_events: int) -> None:
+    def feedback(self, *, version: str, surface: str, kinds: Iterable[str]) -> None:
+        self.num_feedback += len(list(kinds))
+
+    def rejected(self, endpoint: str) -> None:
+        self.rejections.append(endpoint)
+
+    def written(self, file: str, num_events: int) -> None:
+        self.num_written += num_events
+
+    def dropped(self, file: str, num_events: int) -> None:
         self.num_dropped += num_events
 
-    def state(self, *, weight_fraction: float, resident: Iterable[str]) -> None:
-        self.resident = set(resident)
+    def state(
+        self, *, weight_fraction: float, resident: Iterable[str], failing: Iterable[str]
+    ) -> None:
+        self.resident, self.failing = set(resident), set(failing)
+
+    def shadowed(self, *, version: str, outcome: ShadowOutcome, counts: ShadowCounts) -> None:
+        self.shadowed_by.append((version, outcome))
+        self.shadow = counts
 
 
 class FakeController:
@@ -156,6 +220,10 @@ class FakeReplica:
         keys: Sequence[bytes] = (b"0123456789abcdef",),
         impressions_interval_s: float = 0.01,
         sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
+        rules: Sequence[RuleConfig] = (),
+        retrieval: RetrievalConfig | None = None,
+        reserve: float = 0.0,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -165,8 +233,10 @@ class FakeReplica:
         self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
-        impressions = EventWriter(root, "impressions", interval_s=impressions_interval_s)
-        feedback = EventWriter(root, "feedback", interval_s=0.01)
+        impressions = EventWriter(
+            root, "impressions", interval_s=impressions_interval_s, metrics=self.metrics
+        )
+        feedback = EventWriter(root, "feedback", interval_s=0.01, metrics=self.metrics)
         self.service = RankService(
             replica_id="replica-1",
             config=config or RolloutConfig(),
@@ -176,6 +246,9 @@ class FakeReplica:
             feedback=feedback,
             metrics=self.metrics,
             sample_fraction=sample_fraction,
+            shadow=shadow,
+            shelves=Shelves(retrieval or RetrievalConfig(), rules),
+            reserve=reserve,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)

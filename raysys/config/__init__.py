@@ -6,13 +6,15 @@
 Every job takes `--config FILE`, and the Serve application reads the same file, so that an update
 and the replicas that serve it cannot disagree. Unknown keys are errors, units are in the names.
 
-shop.py     all sections together
-data.py     what an update reads and makes of it
-model.py    how the ranker is trained, kept private and judged
+shop.py       all sections together
+data.py       what an update reads and makes of it
+model.py      how the ranker is trained, kept private and judged
+rollout.py    how a canary is put on trial on live traffic
 impressions.py  what replicas keep of what they show, and compare in the shadow
-rollout.py  how a canary is put on trial on live traffic
-tune.py     which hyperparameters are tried, and how that is charged
-load.py     YAML -> Config
+tune.py       which hyperparameters are tried, and how that is charged
+retrieval.py  how candidates are found, and what an ad has to be worth
+rules.py      what the shop wants of rankings whatever the model says
+load.py       YAML -> Config
 """
 
 from raysys.config.data import (
@@ -34,13 +36,25 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
+from raysys.config.rules import (
+    BlockRule,
+    BoostRule,
+    CategoryCapRule,
+    PinRule,
+    RuleConfig,
+)
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "AdsConfig",
     "Analysis",
+    "BlockRule",
+    "BoostRule",
+    "CategoryCapRule",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",
@@ -52,9 +66,12 @@ __all__ = [
     "ModelConfig",
     "PartitionConfig",
     "Pause",
+    "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
+    "RetrievalConfig",
     "RolloutConfig",
+    "RuleConfig",
     "SchemaConfig",
     "ShadowConfig",
     "Step",

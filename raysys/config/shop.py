@@ -23,7 +23,9 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import RolloutConfig
+from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
@@ -48,6 +50,9 @@ class Config:
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
     shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
+    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
+    rules: tuple[RuleConfig, ...] = ()
 
     def __post_init__(self) -> None:
         require(

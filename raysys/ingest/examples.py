@@ -229,12 +229,19 @@ def _requests(
     )
     # Sampled negatives show a softmax what an item is better than, whether or not others' were
     # kept. For a probability, outcomes without the impressions that had none count double.
-    has_no_impression = [labelled.unshown, *([labelled.sampled_out] if settings.needs_outcome else [])]
-    unshown = pl.concat(has_no_impression).group_by(REQUEST, maintain_order=True).agg(
-        pl.col("ts").min(),
-        pl.col("query").drop_nulls().first(),
-        pl.col("item", "gain"),
-        shown=pl.lit(False),
+    has_no_impression = [
+        labelled.unshown,
+        *([labelled.sampled_out] if settings.needs_outcome else []),
+    ]
+    unshown = (
+        pl.concat(has_no_impression)
+        .group_by(REQUEST, maintain_order=True)
+        .agg(
+            pl.col("ts").min(),
+            pl.col("query").drop_nulls().first(),
+            pl.col("item", "gain"),
+            shown=pl.lit(False),
+        )
     )
     requests = pl.concat([shown, unshown], how="diagonal")
     in_training = held_out.filter(~pl.col("held_out"))

@@ -40,7 +40,8 @@ def split_events(
       ends: (P,) UNIX seconds at which the periods end.
 
     Returns:
-      OUTCOME_SCHEMA, `period` and `is_sampled`; IMPRESSION_SCHEMA without what was public; EVENT_FATES.
+      OUTCOME_SCHEMA, `period` and IS_SAMPLED; IMPRESSION_SCHEMA without what was public;
+      EVENT_FATES.
     """
     dated = rows.with_columns(days_of(rows))
     new = dated.join(seen, on=list(SEEN_SCHEMA), how="anti", maintain_order="left")

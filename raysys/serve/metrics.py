@@ -16,10 +16,13 @@ from typing import Literal, Protocol, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from raysys.config import Config
 from raysys.ledger.records import RolloutPhase
 from raysys.ledger.state import State
 from raysys.rollout.shadow import ShadowCounts
+from raysys.serve.feedback import EventFile
 from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.storage import Root
 
 Outcome = Literal[
     "ok", "slow", "failed", "canary_failed", "canary_invalid", "canary_not_loaded", "forced"
@@ -27,11 +30,12 @@ Outcome = Literal[
 """How a request was answered. `canary_failed`: by stable, after the canary failed;
 `canary_invalid`: the same, after the canary gave scores that are no numbers;
 `canary_not_loaded`: by stable, since the canary is not resident yet; `forced`: by header."""
+FELL_BACK: tuple[Outcome, ...] = ("canary_failed", "canary_invalid")
+"""Outcomes by which stable answered in the canary's place."""
 
 LATENCY_BOUNDARIES_MS = [1, 2, 3, 5, 7.5, 10, 15, 25, 50, 75, 100, 150, 200, 300, 500, 1000, 2500]
 
 Kind = Literal["counter", "gauge", "histogram"]
-EventFile = Literal["impressions", "feedback"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +71,9 @@ METRICS: Mapping[str, Described] = {
     LATENCY: Described(
         "histogram", "Milliseconds in the replica, from parsed request to answer", _ANSWER
     ),
-    SHOWN: Described("counter", "Items of answers, impressions kept or not", ("version", "surface")),
+    SHOWN: Described(
+        "counter", "Items of answers, impressions kept or not", ("version", "surface")
+    ),
     FEEDBACK: Described(
         "counter", "Feedback events stored: outcome is click, cart or purchase", _ANSWER
     ),
@@ -80,7 +86,9 @@ METRICS: Mapping[str, Described] = {
         "gauge", "1 for each version that should be in memory and cannot be loaded", ("version",)
     ),
     SHADOW_REQUESTS: Described(
-        "counter", "Requests drawn for shadow scoring, by what became of them", ("version", "outcome")
+        "counter",
+        "Requests drawn for shadow scoring, by what became of them",
+        ("version", "outcome"),
     ),
     SHADOW_OVERLAP: Described("gauge", "Mean overlap@k of the canary with stable", ("version",)),
     SHADOW_TAU: Described("gauge", "Mean Kendall tau-b of the canary with stable", ("version",)),
@@ -90,6 +98,7 @@ METRICS: Mapping[str, Described] = {
     EPSILON_LEFT: Described("gauge", "Privacy budget left"),
 }
 """Every metric of raysys' own. `version` is the canary's in those of the shadow."""
+
 
 class Metrics(Protocol):
     """What a replica reports; tests count in memory."""
@@ -170,8 +179,10 @@ class RayMetrics:
 class ControllerMetrics:
     """What the ledger says of rollout and budget, as the controller's process reports it."""
 
-    def __init__(self, epsilon_spent: Callable[[State], float], epsilon_total: float | None) -> None:
-        """Reports budgets by `epsilon_spent`, which may take a second; none if there is no total."""
+    def __init__(
+        self, epsilon_spent: Callable[[State], float], epsilon_total: float | None
+    ) -> None:
+        """Reports budgets by `epsilon_spent`, which takes its time; none without a total."""
         self._epsilon_spent = epsilon_spent
         self._epsilon_total = epsilon_total
         self._phase, self._step = _Flags(PHASE, "phase", get_args(RolloutPhase)), _gauge(STEP)
@@ -189,6 +200,18 @@ class ControllerMetrics:
         self._spent.set(spent)
         self._left.set(max(0.0, self._epsilon_total - spent))
         self._reported = state.spends
+
+
+def controller_metrics(config: Config, root: Root) -> ControllerMetrics:
+    """Returns what reports a shop's rollout and budget."""
+
+    def epsilon_spent(state: State) -> float:
+        from raysys.privacy.budget import spent_epsilon  # the accountant takes a second to load
+
+        return spent_epsilon(state, config.privacy.delta, root)
+
+    total = config.privacy.epsilon_total if config.privacy.enabled else None
+    return ControllerMetrics(epsilon_spent, total)
 
 
 class _Flags:

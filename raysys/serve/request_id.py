@@ -4,10 +4,11 @@
     feedback on replica 2 <- RequestIds.read() <- "request_id" of the feedback
 
 The id says who was answered by which version, when, on which side of which rollout, with what
-chance and how many items, and whether that was kept as impressions. A keyed hash over all of it keeps callers from making ids up, by which they could vote for a version. Its
-key is derived from a pseudonym key, which every replica has, so that ids survive restarts; after a
-rotation the earlier keys still read what they signed (`serve.keys`). It shows the pseudonym of the
-user, never the raw id.
+chance and how many items, and whether that was kept as impressions. A keyed hash over all of it
+keeps callers from making ids up, by which they could vote for a version. Its key is derived from a
+pseudonym key, which every replica has, so that ids survive restarts; after a rotation the earlier
+keys still read what they signed (`serve.keys`). It shows the pseudonym of the user, never the raw
+id.
 """
 
 from __future__ import annotations

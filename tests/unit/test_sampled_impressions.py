@@ -1,13 +1,12 @@
 """A click-through rate learned from sampled impressions is that of all requests.
 
-    answers, clicks -> rows as replicas write them -> clean -> split -> build_shard -> examples
+answers, clicks -> rows as replicas write them -> clean -> split -> build_shard -> examples
 """
 
 from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -23,7 +22,8 @@ from raysys.ingest.outcomes import split_events
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.seen import SEEN_SCHEMA
 from raysys.partitions.schema import EVENT_SCHEMA, plan_columns
-from raysys.serve.feedback import Row, feedback_rows, impression_rows
+from raysys.serve.feedback import Batch, feedback_rows, to_frame
+from raysys.serve.impressions import Impressions
 from raysys.serve.request_id import RequestTag
 from raysys.serve.schema import FeedbackRequest
 from tests.shop import ingest_config, item_table, timeline
@@ -50,28 +50,38 @@ def tag(rng: np.random.Generator, user: int, sample_fraction: float) -> RequestT
     )
 
 
-def traffic(sample_fraction: float, seed: int = 0) -> list[Row]:
+def traffic(sample_fraction: float, seed: int = 0) -> pl.DataFrame:
     """Rows of requests whose items are each clicked with probability CTR."""
     rng = np.random.default_rng(seed)
-    rows: list[Row] = []
+    batches: list[Batch] = []
     for number in range(NUM_REQUESTS):
         of_request = tag(rng, number % 1000, sample_fraction)
         ts = 3600.0 + number
         page = [ITEM_IDS[i] for i in rng.permutation(NUM_ITEMS)[:NUM_SHOWN]]
         request_id = f"{of_request.nonce}.x"
-        common = {"ts": ts, "user_key_id": KEYS.key_id}
-        rows += impression_rows(of_request, request_id, page, query=None, **common)
+        if of_request.is_kept:
+            batches.append(
+                Impressions(
+                    tag=of_request,
+                    request_id=request_id,
+                    item_ids=page,
+                    ts=ts,
+                    query=None,
+                    user_key_id=KEYS.key_id,
+                )
+            )
         clicked = [item for item in page if rng.random() < CTR]
         if clicked:
             events = [{"event_type": "click", "item_id": i, "ts": ts + 60} for i in clicked]
             body = {"request_id": request_id, "events": events}
             feedback = FeedbackRequest.model_validate(body)
-            rows += feedback_rows(of_request, feedback, now=0.0, user_key_id=KEYS.key_id)
-    return rows
+            batches.append(feedback_rows(of_request, feedback, now=0.0, user_key_id=KEYS.key_id))
+    return to_frame(batches)
 
 
-def built(rows: Sequence[Row], *, needs_outcome: bool, sampling_is_told: bool = True) -> ShardResult:
-    frame = pl.DataFrame(rows, schema=EVENT_SCHEMA)
+def built(
+    frame: pl.DataFrame, *, needs_outcome: bool, sampling_is_told: bool = True
+) -> ShardResult:
     plan = plan_columns(
         dict.fromkeys(EVENT_SCHEMA, True), EVENT_SCHEMA, SchemaConfig(), "events/a.parquet"
     )
@@ -128,7 +138,7 @@ class TestProbabilities:
     def test_every_outcome_is_counted_where_it_went(self) -> None:
         rows = traffic(0.5)
         result = built(rows, needs_outcome=False)
-        num_clicks = sum(row["event_type"] == "click" for row in rows)
+        num_clicks = len(rows.filter(pl.col("event_type") == "click"))
         assert result.outcomes["attributed"] + result.outcomes["sampled_out"] == num_clicks
         assert 0.4 < result.outcomes["sampled_out"] / num_clicks < 0.6
         assert len(result.state.waiting.recent) == 0
@@ -138,7 +148,7 @@ class TestProbabilities:
 def test_a_softmax_still_learns_from_every_click() -> None:
     rows = traffic(0.1)
     result = built(rows, needs_outcome=True)
-    clicked = {row["request_id"] for row in rows if row["event_type"] == "click"}
+    clicked = set(rows.filter(pl.col("event_type") == "click")["request_id"])
     held_out = result.requests["held_out"]
     assert len(clicked) - held_out <= result.requests["trained"] <= len(clicked)
     assert result.outcomes["sampled_out"] > result.outcomes["attributed"] > 0
@@ -148,8 +158,7 @@ def test_a_softmax_still_learns_from_every_click() -> None:
 
 class TestWhichRequestsAreKept:
     def test_is_all_rows_of_an_answer_or_none(self) -> None:
-        rows = pl.DataFrame(traffic(0.3), schema=EVENT_SCHEMA)
-        shown = rows.filter(pl.col("event_type") == "impression")
+        shown = traffic(0.3).filter(pl.col("event_type") == "impression")
         per_request = shown.group_by("request_id").len()["len"]
         assert per_request.unique().to_list() == [NUM_SHOWN]
         assert abs(len(per_request) / NUM_REQUESTS - 0.3) < 4 * (0.3 * 0.7 / NUM_REQUESTS) ** 0.5
@@ -157,9 +166,7 @@ class TestWhichRequestsAreKept:
     def test_grows_with_the_share(self) -> None:
         for nonce in (secrets.token_hex(8) for _ in range(200)):
             kept = [
-                dataclasses.replace(
-                    tag(np.random.default_rng(), 0, share), nonce=nonce
-                ).is_kept
+                dataclasses.replace(tag(np.random.default_rng(), 0, share), nonce=nonce).is_kept
                 for share in (0.1, 0.5, 0.9, 1.0)
             ]
             assert kept == sorted(kept) and kept[-1]

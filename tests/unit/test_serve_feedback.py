@@ -11,10 +11,11 @@ import polars as pl
 import pytest
 
 from raysys.errors import StorageUnavailableError
-from raysys.serve.feedback import EventWriter, Row, feedback_rows, impression_rows
+from raysys.serve.feedback import EventWriter, Row, feedback_rows
 from raysys.serve.request_id import RequestIds, RequestTag
 from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
+from tests.fakes import FakeMetrics
 
 TAG = RequestTag(
     nonce="00ff00ff00ff00ff",
@@ -90,7 +91,7 @@ def test_closing_writes_what_waits(local_root: Root) -> None:
 def test_an_outage_fails_feedback_and_keeps_impressions(
     local_root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = EventWriter(local_root, "events", interval_s=0.01)
+    writer = EventWriter(local_root, "feedback", interval_s=0.01)
 
     def unavailable(path: str, data: bytes) -> None:
         raise StorageUnavailableError("no answer in 5 s")
@@ -110,9 +111,9 @@ def test_an_outage_fails_feedback_and_keeps_impressions(
 def test_impressions_beyond_the_bound_are_dropped_oldest_first_and_counted(
     local_root: Root,
 ) -> None:
-    dropped: list[int] = []
+    metrics = FakeMetrics()
     writer = EventWriter(
-        local_root, "impressions", interval_s=0.01, on_drop=dropped.append, max_waiting_rows=3
+        local_root, "impressions", interval_s=0.01, metrics=metrics, max_waiting_rows=3
     )
 
     async def scenario() -> None:
@@ -120,7 +121,8 @@ def test_impressions_beyond_the_bound_are_dropped_oldest_first_and_counted(
         writer.add(rows("c", "d", "e"))
 
     run(writer, scenario)
-    assert (stored(local_root), dropped) == (["c", "d", "e"], [2])
+    assert (stored(local_root), metrics.num_dropped) == (["c", "d", "e"], 2)
+    assert metrics.num_written == 3
 
 
 def test_a_caller_that_went_away_does_not_hold_up_the_others(local_root: Root) -> None:
@@ -160,23 +162,12 @@ def test_another_key_does_not_read_it() -> None:
     assert RequestIds(b"another key 0123").read(signed) is None
 
 
-def test_an_answer_that_is_sampled_out_leaves_no_impressions_but_its_feedback_says_so() -> None:
-    kept, out = (
-        next(
-            tag
-            for n in range(1000)
-            if (tag := dataclasses.replace(TAG, nonce=f"{n:016x}", sample_fraction=0.3)).is_kept
-            is wanted
-        )
-        for wanted in (True, False)
-    )
-    page = {"ts": 0.0, "query": None, "user_key_id": "12345678"}
-    assert len(impression_rows(kept, "r", ["a", "b"], **page)) == 2
-    assert impression_rows(out, "r", ["a", "b"], **page) == []
+def test_feedback_says_that_not_all_impressions_are_kept() -> None:
+    tag = dataclasses.replace(TAG, sample_fraction=0.3, propensity=0.2, num_shown=2)
     event = {"event_type": "click", "item_id": "a", "rank": 2}
     feedback = FeedbackRequest.model_validate({"request_id": "r", "events": [event]})
-    (row,) = feedback_rows(out, feedback, now=0.0, user_key_id="12345678")
-    assert (row["sample_fraction"], row["position"]) == (0.3, 2)
+    (row,) = feedback_rows(tag, feedback, now=0.0, user_key_id="12345678")
+    assert (row["sample_fraction"], row["propensity"], row["position"]) == (0.3, 0.2, 2)
 
 
 @pytest.mark.parametrize("propensity", [None, 0.0, 0.0001, 0.2, 1 / 3, 1.0])

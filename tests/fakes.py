@@ -83,6 +83,15 @@ class FakeVersion:
             scores += 100 * np.isin(candidates, history)
         return self._score(scores) if self._score else scores
 
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-scores))
+
+    def explain(
+        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+    ) -> dict[str, np.ndarray]:
+        own = 100.0 * np.isin(candidates, history if isinstance(history, list) else [])
+        return {"place": -candidates.astype(np.float32), "own": own.astype(np.float32)}
+
     def check_golden(self) -> None:
         if self._golden is not None:
             raise self._golden

@@ -303,8 +303,14 @@ class RankService:
             )
             scores = score(version, history, candidates, when, request.query or None)
             order = rank_order(known, scores)[: request.k]
+            chances = version.probabilities(scores)
             return [
-                RankedItem(item_id=known[i], score=float(scores[i]), rank=rank)
+                RankedItem(
+                    item_id=known[i],
+                    score=float(scores[i]),
+                    rank=rank,
+                    probability=float(chances[i]),
+                )
                 for rank, i in enumerate(order, 1)
             ]
 

@@ -122,7 +122,8 @@ def test_an_answer_ranks_the_candidates_best_first(client: TestClient) -> None:
     assert set(answer) == {"request_id", "version", "ranking", "unknown_candidates"}
     assert answer["version"] == STABLE
     assert order(answer) == ["apple", "cheese", "dates"]
-    assert answer["ranking"][0] == {"item_id": "apple", "score": 0.0, "rank": 1}
+    first = answer["ranking"][0]
+    assert (first["item_id"], first["score"], first["probability"]) == ("apple", 0.0, 0.5)
     assert answer["unknown_candidates"] == []
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from fastapi.testclient import TestClient
 
-from raysys.config import RolloutConfig
+from raysys.config import HttpConfig, RolloutConfig
 from raysys.ingest.features import UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
@@ -26,6 +26,7 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
@@ -185,15 +186,17 @@ class FakeReplica:
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
-        self.replica = Replica(self.service, follower, impressions, feedback)
+        steering = Steering(self.log, config or RolloutConfig(), follower.adopt)
+        self.replica = Replica(self.service, follower, impressions, feedback, steering)
 
     def append(self, record: Record) -> None:
         self.log.transact(lambda state: record)
 
     @contextmanager
-    def client(self) -> Iterator[TestClient]:
+    def client(self, http: HttpConfig | None = None) -> Iterator[TestClient]:
         """The HTTP API, from its start to its end."""
-        with TestClient(create_api(self.replica), raise_server_exceptions=False) as client:
+        api = create_api(self.replica, http or HttpConfig())
+        with TestClient(api, raise_server_exceptions=False) as client:
             yield client
 
     def _load(self, name: str) -> Any:

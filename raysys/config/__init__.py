@@ -9,6 +9,7 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 shop.py     all sections together
 data.py     what an update reads and makes of it
 model.py    how the ranker is trained, kept private, judged and rolled out
+http.py     what a replica takes from callers, and who may steer a rollout
 tune.py     which hyperparameters are tried, and how that is charged
 load.py     YAML -> Config
 """
@@ -22,6 +23,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
 from raysys.config.load import load_config, parse_config, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -41,6 +43,7 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "HttpConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",

@@ -15,6 +15,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
@@ -45,6 +46,7 @@ class Config:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
@@ -25,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 import raysys
-from raysys.config import load_config
+from raysys.config import HttpConfig, load_config
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.stats import load_item_ids
 from raysys.ledger.log import Log
@@ -34,10 +36,21 @@ from raysys.registry.store import load_version
 from raysys.rollout.controller import RolloutController
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
+from raysys.serve.auth import Tokens
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
 from raysys.serve.keys import Keys
+from raysys.serve.limits import (
+    FEEDBACK,
+    RANKING,
+    STATUS,
+    STEERING,
+    HeadAsGet,
+    gates,
+    limited_route,
+)
 from raysys.serve.metrics import RayMetrics
+from raysys.serve.pages import add_pages
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
 from raysys.serve.schema import (
@@ -49,21 +62,38 @@ from raysys.serve.schema import (
     RankAnswer,
     RankRequest,
     RolloutAnswer,
+    StartRequest,
+    SteerRequest,
     VersionsAnswer,
     describe,
 )
 from raysys.serve.service import RankService
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 LoadVersion = Callable[[Root, UpdateCommitted], Servable]
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
-}
+_RETRY_AFTER = {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+_STATUS_ERRORS = (500, 503)
+_BODY_ERRORS = (400, 408, 413, 415, 422, *_STATUS_ERRORS)
+_STEERING_ERRORS = (401, 403, 404, 409, *_BODY_ERRORS)
 
 
-def create_api(replica: Replica) -> FastAPI:
-    """Returns the HTTP API of a replica, which starts and stops with it."""
+def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
+    """The error answers of an endpoint, for its schema."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
+        for status in statuses
+    }
+    found[503]["headers"] = {"Retry-After": _RETRY_AFTER}
+    return found
+
+
+def create_api(replica: Replica, config: HttpConfig) -> FastAPI:
+    """Returns the HTTP API of a replica, which starts and stops with it.
+
+    HEAD is answered wherever GET is. OPTIONS is not: browsers of other sites have no business here.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,88 +106,144 @@ def create_api(replica: Replica) -> FastAPI:
         version=raysys.__version__,
         description="Ranks candidates for a shop's users, and takes what came of it.",
         lifespan=lifespan,
-        responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
     )
-    _add_errors(app)
+    add_pages(app)
+    app.add_middleware(HeadAsGet)
+    guards = {STEERING: Tokens(config.token_file).check}
+    app.router.route_class = limited_route(config, gates(config), guards)
+    _add_errors(app, config)
     _add_ranking(app, replica.service)
     _add_status(app, replica)
+    _add_steering(app, replica)
     return app
 
 
 def _add_ranking(app: FastAPI, service: RankService) -> None:
-    @app.post("/v1/rank")
+    errors = _errors((404, *_BODY_ERRORS))
+
+    @app.post("/v1/rank", tags=[RANKING], responses=errors)
     async def rank(
         request: RankRequest, x_raysys_version: Annotated[str | None, Header()] = None
     ) -> RankAnswer:
         """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
         return await service.rank(request, x_raysys_version)
 
-    @app.post("/v1/feedback")
+    @app.post("/v1/feedback", tags=[FEEDBACK], responses=errors)
     async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
         """Stores what the user did with an answer. Send items of its ranking only."""
         return await service.feedback(request)
 
 
 def _add_status(app: FastAPI, replica: Replica) -> None:
-    service = replica.service
+    service, errors = replica.service, _errors(_STATUS_ERRORS)
 
-    @app.get("/v1/versions")
+    @app.get("/v1/versions", tags=[STATUS], responses=errors)
     async def versions() -> VersionsAnswer:
         """The versions in this replica's memory."""
         return service.resident()
 
-    @app.get("/v1/rollout")
+    @app.get("/v1/rollout", tags=[STATUS], responses=errors)
     async def rollout() -> RolloutAnswer:
         """The rollout as this replica follows it, and the controller's newest measurement."""
-        view = service.view
-        return RolloutAnswer(
-            sequence=view.sequence,
-            rollout_id=view.rollout_id,
-            stable=view.stable,
-            canary=view.canary,
-            previous=view.previous,
-            weight_fraction=view.weight_fraction,
-            measurement=await replica.follower.measurement() if view.canary else None,
-        )
+        return await _rollout_of(replica)
 
-    @app.get("/v1/healthz")
+    @app.get("/v1/healthz", tags=[STATUS], responses=errors)
     async def healthz() -> HealthAnswer:
-        """The replica is alive."""
+        """The replica is alive, also while it has no version yet."""
         return HealthAnswer(status="ok")
 
-    @app.get("/v1/readyz")
+    @app.get("/v1/readyz", tags=[STATUS], responses=errors)
     async def readyz() -> HealthAnswer:
-        """A version is loaded and answers."""
+        """A version is loaded, has passed its check and answers. The error says why not."""
         if not service.is_ready:
             missing = service.resident().missing
-            why = "; ".join(missing.values()) or "no version is committed: run an update first"
-            raise ApiError(503, f"not ready: {why}")
+            why = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+            raise ApiError(
+                503, f"not ready: {why or 'no version is committed: run an update first'}"
+            )
         return HealthAnswer(status="ok")
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_steering(app: FastAPI, replica: Replica) -> None:
+    """Adds the endpoints that need a token. Its check is the guard's: before a body is read."""
+    steering, errors = replica.steering, _errors(_STEERING_ERRORS)
+    token = HTTPBearer(auto_error=False, description="A token of the file `http.token_file`.")
+    options: dict[str, Any] = {
+        "tags": [STEERING],
+        "responses": errors,
+        "dependencies": [Security(token)],
+    }
+
+    @app.post("/v1/rollout/start", **options)
+    async def start(request: StartRequest) -> RolloutAnswer:
+        """Puts a version on trial beside stable."""
+        await steering.start(request)
+        return await _rollout_of(replica)
+
+    @app.post("/v1/rollout/promote", **options)
+    async def promote(request: SteerRequest | None = None) -> RolloutAnswer:
+        """Makes the canary stable."""
+        await steering.promote(request or SteerRequest())
+        return await _rollout_of(replica)
+
+    @app.post("/v1/rollout/abort", **options)
+    async def abort(request: SteerRequest | None = None) -> RolloutAnswer:
+        """Takes the canary off trial; stable answers everyone again."""
+        await steering.abort(request or SteerRequest())
+        return await _rollout_of(replica)
+
+
+async def _rollout_of(replica: Replica) -> RolloutAnswer:
+    view = replica.service.view
+    return RolloutAnswer(
+        sequence=view.sequence,
+        rollout_id=view.rollout_id,
+        stable=view.stable,
+        canary=view.canary,
+        previous=view.previous,
+        weight_fraction=view.weight_fraction,
+        measurement=await replica.follower.measurement() if view.canary else None,
+    )
+
+
+def _add_errors(app: FastAPI, config: HttpConfig) -> None:
     """Gives every error the one shape, a single line that says what to do."""
+    headers = {
+        401: {"WWW-Authenticate": "Bearer"},
+        # What is left of the body is not read, so that the connection can say nothing else.
+        408: {"Connection": "close"},
+        413: {"Connection": "close"},
+        503: {"Retry-After": str(config.retry_after_s)},
+    }
+
+    def answer(status: int, message: str) -> JSONResponse:
+        return JSONResponse(
+            {"error": " ".join(message.split())}, status, headers=headers.get(status)
+        )
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return _error(error.status, error.message)
+        return answer(error.status, error.message)
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(*describe(error.errors()))
+        return answer(*describe(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def bad_request(request: Request, error: HTTPException) -> JSONResponse:
         place = f"{request.method} {request.url.path}"
-        return _error(error.status_code, f"{place}: {error.detail}; see /docs for what there is")
+        response = answer(
+            error.status_code, f"{place}: {error.detail}; see /docs for what there is"
+        )
+        if allowed := (error.headers or {}).get("Allow"):
+            response.headers["Allow"] = allowed.replace("GET", "GET, HEAD")
+        return response
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        return _error(500, "internal error; the replica's log has the cause")
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": " ".join(message.split())}, status)
+        return answer(500, "internal error; the replica's log has the cause")
 
 
 class _ControllerHandle:
@@ -215,10 +301,11 @@ class Ranker:
         controller: DeploymentHandle[RolloutController],
         load: LoadVersion = load_version,
     ) -> None:
+        self._http = load_config(args.config).http
         self._replica = open_replica(args, _ControllerHandle(controller), load)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._replica)
+        return create_api(self._replica, self._http)
 
 
 def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) -> Replica:
@@ -248,7 +335,9 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         metrics=metrics,
         max_ts_age_s=args.max_ts_age_s,
     )
-    return Replica(service, Follower(service, log, controller), impressions, feedback)
+    follower = Follower(service, log, controller)
+    steering = Steering(log, config.rollout, follower.adopt)
+    return Replica(service, follower, impressions, feedback, steering)
 
 
 def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
@@ -271,7 +360,9 @@ def build(args: Mapping[str, Any]) -> Application:
       ValidationError: `args` is not `RankerArgs`.
     """
     parsed = RankerArgs.model_validate(args)
-    load_config(parsed.config)
+    config = load_config(parsed.config)
+    if config.http.token_file:
+        Tokens(config.http.token_file).digests()
     # Serve's decorators are typed to return the class; what they return has `bind`.
     controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
     application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]

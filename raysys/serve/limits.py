@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raysys.config import HttpConfig
 from raysys.serve.schema import ApiError, name_some
@@ -70,7 +71,8 @@ class Gate:
 
 
 def gates(config: HttpConfig) -> dict[str, Gate]:
-    """Returns tag -> gate. Status and steering have none: they are there in any overload."""
+    """Returns tag -> gate, of the endpoints that take a body. None waits at another's gate, and
+    status at none: whatever is overloaded, the rest is there."""
     return {
         RANKING: Gate(
             RANKING,
@@ -79,6 +81,8 @@ def gates(config: HttpConfig) -> dict[str, Gate]:
         ),
         # They do not wait for each other, but together for the object store.
         FEEDBACK: Gate(FEEDBACK, max_concurrent=config.max_waiting_feedback, max_waiting=0),
+        # While the store is away, operators hold one of the replica's threads, however many try.
+        STEERING: Gate(STEERING, max_concurrent=1, max_waiting=8),
     }
 
 
@@ -92,14 +96,14 @@ def limited_route(
             endpoint = super().get_route_handler()
             has_body = self.body_field is not None
             tag = str(self.tags[0])
-            gate, guard = gates.get(tag), guards.get(tag)
+            gate, guard = gates[tag] if has_body else None, guards.get(tag)
 
             async def limited(request: Request) -> Response:
                 if guard is not None:
                     await guard(request)
-                body = await read_body(request, config) if has_body else b""
                 if gate is None:
-                    return await endpoint(_parsed(request, body))
+                    return await endpoint(request)
+                body = await read_body(request, config)
                 async with gate.place():
                     return await endpoint(_parsed(request, body))
 
@@ -122,19 +126,28 @@ class _ParsedRequest(Request):
 
 
 def _parsed(request: Request, body: bytes) -> Request:
-    if not body:
-        return request
-    parsed = _ParsedRequest(request.scope, request.receive)
-    parsed.raw, parsed.value = body, parse_json(body)
+    parsed = _ParsedRequest(request.scope)
+    parsed.raw, parsed.value = body, parse_json(body) if body else None
     return parsed
+
+
+class HeadAsGet:
+    """Has GET's endpoints answer HEAD; the server leaves the body out, as it knows the method."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 async def read_body(request: Request, config: HttpConfig) -> bytes:
     """Returns the body of a request.
 
     Raises:
-      ApiError: 400 it is cut off, 408 it does not arrive, 413 it is too long, whatever its Content-Length says or
-        leaves out, 415 it is no JSON by its headers.
+      ApiError: 400 it is cut off, 408 it does not arrive, 413 it is too long, whatever its
+        Content-Length says or leaves out, 415 it is no JSON by its headers.
     """
     _check_headers(request.headers, config.max_body_bytes)
     parts: list[bytes] = []

@@ -33,6 +33,7 @@ MAX_FILTER_VALUES = 100
 MAX_EXCLUDED = 1000
 MAX_ID_CHARS = 256
 MAX_QUERY_CHARS = 1000
+MAX_REASON_CHARS = 500
 DEFAULT_K = 10
 """Items of an answer to `search` and `recommend`, where the caller names no candidates."""
 MAX_SHOWN = 5
@@ -327,6 +328,27 @@ class RolloutAnswer(BaseModel):
     weight_fraction: float
     measurement: dict[str, Any] | None
     """The controller's newest look at the canary; null without one, or while it is away."""
+
+
+class SteerRequest(_Strict):
+    """Why the rollout is steered; the body may be left out."""
+
+    reason: (
+        Annotated[
+            str, StringConstraints(min_length=1, max_length=MAX_REASON_CHARS, pattern=_NOT_BLANK)
+        ]
+        | None
+    ) = None
+    """Recorded in the ledger."""
+
+
+class StartRequest(_Strict):
+    """The version to put on trial beside stable."""
+
+    version: Id
+    """A committed version."""
+    weight: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    """Share of users that it answers. Default: `rollout.weight_fraction` of the config."""
 
 
 class HealthAnswer(BaseModel):

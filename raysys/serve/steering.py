@@ -1,7 +1,7 @@
-"""Steers the rollout over HTTP: what `raysys rollout` appends to the ledger, a replica appends too.
+"""Steers the rollout over HTTP: a replica appends to the ledger what `raysys rollout` does.
 
-    POST /v1/rollout/abort -> rollout.state.abort -> ledger record -> this replica follows it at once
-                                                                   -> the others by the controller
+    POST /v1/rollout/abort -> rollout.state.abort -> ledger record -> this replica, at once
+                                                                   -> the others, by the controller
 
 A transition is a ledger record first: an answer means that the record is there. If the replica dies
 before it answers, GET /v1/rollout says whether it was written.
@@ -35,8 +35,6 @@ class Steering:
         self._log = log
         self._config = config
         self._adopt = adopt
-        self._one_at_a_time = asyncio.Lock()
-        """However many ask while the store is away, they hold one of the replica's threads."""
 
     async def start(self, request: StartRequest) -> None:
         """Puts a version on trial.
@@ -72,8 +70,7 @@ class Steering:
 
     async def _change(self, decide: Decide) -> None:
         try:
-            async with self._one_at_a_time:
-                state = await asyncio.to_thread(self._append, decide)
+            state = await asyncio.to_thread(self._append, decide)
         except UnknownVersionError as error:
             raise ApiError(404, str(error)) from error
         except TransitionError as error:

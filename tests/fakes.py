@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from raysys.config import HttpConfig, RolloutConfig
@@ -204,3 +209,22 @@ class FakeReplica:
         if isinstance(version, Exception):
             raise version
         return version
+
+
+@contextmanager
+def serving(api: FastAPI) -> Iterator[int]:
+    """An API on a real server, which parses requests as production's does; yields its port."""
+    options: Any = {"log_level": "error", "lifespan": "on"}
+    running = uvicorn.Server(uvicorn.Config(api, **options))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not running.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join(10)

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import Request
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
@@ -29,7 +28,7 @@ from raysys.serve.app import create_api
 from raysys.serve.limits import MAX_DEPTH, Gate, gates, parse_json
 from raysys.serve.schema import ApiError
 from raysys.storage import Root
-from tests.fakes import ITEMS, FakeReplica, FakeVersion
+from tests.fakes import ITEMS, FakeReplica, FakeVersion, serving
 from tests.helpers import committed, started
 
 STABLE = "v0001-aaaaaa"
@@ -103,25 +102,6 @@ def test_no_more_of_a_body_is_read_than_shows_that_it_is_too_long(
     assert num_received == num_read
 
 
-@contextlib.contextmanager
-def server(replica: FakeReplica, config: HttpConfig) -> Iterator[int]:
-    """The API on a real server, which parses requests as production's does; yields its port."""
-    options: Any = {"log_level": "error", "lifespan": "on"}
-    running = uvicorn.Server(uvicorn.Config(create_api(replica.replica, config), port=0, **options))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not running.started:
-                assert thread.is_alive(), "the server did not start"
-                threading.Event().wait(0.01)
-            yield listener.getsockname()[1]
-        finally:
-            running.should_exit = True
-            thread.join(10)
-
-
 def exchange(port: int, *parts: bytes) -> bytes:
     """Sends bytes, and returns all that comes back until the server closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
@@ -149,7 +129,7 @@ HEAD = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n
 def test_a_real_server_refuses_a_body_before_it_is_there_and_closes(
     replica: FakeReplica, rest: bytes, status: int
 ) -> None:
-    with server(replica, HttpConfig(max_body_bytes=1000, body_timeout_s=0.2)) as port:
+    with serving(create_api(replica.replica, HttpConfig(max_body_bytes=1000, body_timeout_s=0.2))) as port:
         answer = exchange(port, HEAD, rest)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
         assert b"connection: close" in answer.lower()
@@ -159,7 +139,7 @@ def test_a_real_server_refuses_a_body_before_it_is_there_and_closes(
 def test_a_caller_who_goes_away_costs_no_error(
     replica: FakeReplica, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with server(replica, HttpConfig()) as port:
+    with serving(create_api(replica.replica, HttpConfig())) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(HEAD + b"Content-Length: 500\r\n\r\n{")
         assert httpx.get(f"http://127.0.0.1:{port}/v1/healthz").status_code == 200
@@ -289,7 +269,7 @@ def test_head_is_answered_where_get_is_and_options_is_not(client: TestClient) ->
 
 
 def test_a_real_server_answers_head_without_a_body(replica: FakeReplica) -> None:
-    with server(replica, HttpConfig()) as port:
+    with serving(create_api(replica.replica, HttpConfig())) as port:
         answer = exchange(port, b"HEAD /v1/healthz HTTP/1.0\r\nHost: x\r\n\r\n")
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ") and b"content-length: 15" in head

@@ -129,7 +129,9 @@ HEAD = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n
 def test_a_real_server_refuses_a_body_before_it_is_there_and_closes(
     replica: FakeReplica, rest: bytes, status: int
 ) -> None:
-    with serving(create_api(replica.replica, HttpConfig(max_body_bytes=1000, body_timeout_s=0.2))) as port:
+    with serving(
+        create_api(replica.replica, HttpConfig(max_body_bytes=1000, body_timeout_s=0.2))
+    ) as port:
         answer = exchange(port, HEAD, rest)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
         assert b"connection: close" in answer.lower()

@@ -16,14 +16,14 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import HttpConfig, RolloutConfig
-from raysys.ingest.features import UserHistory
+from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig
+from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
 from raysys.serve.keys import Keys
@@ -31,21 +31,39 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shelf import Shelves
 from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
 
 
-class FakeItems:
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.ids = list(ids)
+CATEGORY_OF = {"apple": "fruit", "bread": "bakery", "cheese": "dairy", "dates": "fruit"}
+BRANDS = ("acme", "umbra")
+HALF_LIFE_S = 28 * 86_400.0
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def index_of(self, item_id: str) -> int | None:
-        return self.ids.index(item_id) if item_id in self.ids else None
+def item_table(ids: Sequence[str], **changes: Any) -> ItemTable:
+    """Items of 1, 2, 3 ... in price, of two brands in turn; the last is the most popular."""
+    category_of = [CATEGORY_OF.get(i, "other") for i in ids]
+    categories = list(dict.fromkeys(category_of))
+    num = len(ids)
+    values: dict[str, Any] = {
+        "ids": list(ids),
+        "texts": list(map(", ".join, zip(ids, category_of, strict=True))),
+        "category": np.array(
+            [categories.index(CATEGORY_OF.get(i, "other")) for i in ids], np.int32
+        ),
+        "category_names": tuple(categories),
+        "brand": np.arange(num, dtype=np.int32) % 2,
+        "brand_names": BRANDS,
+        "price": np.arange(1, num + 1, dtype=np.float32),
+        "popularity": np.arange(num, dtype=np.float32),
+        "trend": np.zeros(num, np.float32),
+        "as_of": 0.0,
+        "half_life_s": HALF_LIFE_S,
+    }
+    return ItemTable(**{**values, **changes})
 
 
 class FakeVersion:
@@ -54,7 +72,7 @@ class FakeVersion:
     def __init__(
         self,
         name: str,
-        items: Sequence[str] = ITEMS,
+        items: Sequence[str] | ItemTable = ITEMS,
         *,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
         golden: Exception | None = None,
@@ -62,7 +80,11 @@ class FakeVersion:
     ) -> None:
         self.name = name
         self.user_key_id = user_key_id
-        self.items: Any = FakeItems(items)
+        self.items = items if isinstance(items, ItemTable) else item_table(items)
+        self.text_of_item = np.arange(len(self.items), dtype=np.int32)
+        # On a quarter of a circle: the further apart in the catalogue, the less similar.
+        angle = np.linspace(0, np.pi / 2, len(self.items))
+        self.text_vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         self._score = score
         self._golden = golden
         self.users: list[str] = []
@@ -73,30 +95,40 @@ class FakeVersion:
         self.users.append(user)
         return UserHistory.empty()
 
-    def history_of(self, item_ids: Sequence[str], now: float) -> Any:
-        return [self.items.index_of(item) for item in item_ids]
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory:
+        items = self.items.indexes_of(item_ids)
+        ones = np.ones(len(items))
+        return UserHistory.empty().extend(
+            items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
+        )
 
     def knows_query(self, query: str) -> bool:
         return query in self.queries
 
+    def embed_query(self, query: str) -> np.ndarray:
+        """Nearest to the item that the query names, then to its neighbours in the catalogue."""
+        place = self.items.index_of(query.split()[0].lower()) or 0
+        return self.text_vectors[place] if len(self.items) else np.zeros(2, np.float32)
+
     def score(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> np.ndarray:
         self.queries.append(query)
         self.times.append(now)
         scores = -candidates.astype(np.float32)
-        if isinstance(history, list):
-            scores += 100 * np.isin(candidates, history)
+        scores += 100 * np.isin(candidates, history.items)
         return self._score(scores) if self._score else scores
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-scores))
+        return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
 
     def explain(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> dict[str, np.ndarray]:
-        own = 100.0 * np.isin(candidates, history if isinstance(history, list) else [])
-        return {"place": -candidates.astype(np.float32), "own": own.astype(np.float32)}
+        """What the user knows is `repeat`, the rest is the place in the catalogue."""
+        scores = self.score(history, candidates, now=now, query=query)
+        place = -candidates.astype(np.float32)
+        return {"base": np.zeros_like(scores), "place": place, "repeat": scores - place}
 
     def check_golden(self) -> None:
         if self._golden is not None:
@@ -169,6 +201,9 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        rules: Sequence[RuleConfig] = (),
+        retrieval: RetrievalConfig | None = None,
+        reserve: float = 0.0,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -188,6 +223,8 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            shelves=Shelves(retrieval or RetrievalConfig(), rules),
+            reserve=reserve,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)

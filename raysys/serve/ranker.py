@@ -39,16 +39,26 @@ class Servable(Protocol):
     user_key_id: str | None
     """The key of the pseudonyms in its histories; None for the current one."""
 
+    @property
+    def text_vectors(self) -> NDArray[np.float32]: ...
+    @property
+    def text_of_item(self) -> NDArray[np.int32]: ...
+
     def history(self, user: str) -> UserHistory: ...
     def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory: ...
     def knows_query(self, query: str) -> bool: ...
+    def embed_query(self, query: str) -> NDArray[np.float32]: ...
     def score(
         self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
     ) -> NDArray[np.float32]: ...
-    def probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns (K,) in [0, 1], never falling as scores rise."""
+
     def explain(
         self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
-    ) -> dict[str, NDArray[np.float32]]: ...
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Returns named parts, (K,) each, that add up to the scores."""
+
     def check_golden(self) -> None: ...
 
 
@@ -86,6 +96,7 @@ class ResidentVersions:
         self._load = load
         self._load_item_ids = load_item_ids
         self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
+        self._newest_catalogue: str | None = None
         self._clock = clock
         self._resident: Mapping[str, Servable] = {}
         self._failures: dict[str, Failure] = {}
@@ -102,6 +113,16 @@ class ResidentVersions:
         """Whether the shop has the item, as far as any version or its newest catalogue says."""
         return item_id in self._catalogue[1] or any(
             version.items.index_of(item_id) is not None for version in self.all()
+        )
+
+    def is_stranger(self, item_id: str, version: Servable) -> bool:
+        """Whether a version alone has an item that the shop's newest catalogue has not."""
+        others = (other for other in self.all() if other is not version)
+        return (
+            self._catalogue[0] is not None
+            and self._catalogue[0] == self._newest_catalogue
+            and item_id not in self._catalogue[1]
+            and all(other.items.index_of(item_id) is None for other in others)
         )
 
     def failures(self) -> dict[str, str]:
@@ -133,6 +154,7 @@ class ResidentVersions:
             self._resident = {n: v for n, v in self._resident.items() if n in names}
 
     async def _follow_catalogue(self, view: RolloutView) -> None:
+        self._newest_catalogue = view.catalogue
         if view.catalogue is None or view.catalogue == self._catalogue[0]:
             return
         try:
@@ -204,13 +226,3 @@ def score(
     if not np.isfinite(scores).all():
         raise ScoresError(f"version {version.name} gave scores that are not finite")
     return scores
-
-
-def rank_order(item_ids: Sequence[str], scores: NDArray[np.float32]) -> list[int]:
-    """Returns places in `item_ids`, best first. Equal scores go by item id, in any order given.
-
-    >>> rank_order(["b", "c", "a"], np.array([1, 2, 1], np.float32))
-    [1, 2, 0]
-    """
-    falling = (-scores).tolist()
-    return sorted(range(len(item_ids)), key=lambda i: (falling[i], item_ids[i]))

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import schemathesis
 from fastapi import FastAPI
@@ -26,30 +24,14 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events
 
 from raysys.config import HttpConfig
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.storage import Root
-from tests.fakes import FakeReplica, FakeVersion, serving
+from tests.fakes import ITEMS, FakeReplica, FakeVersion, serving
 from tests.unit.test_serve_steering import CANARY, STABLE, TOKEN, two_versions
 
-NUM_RANDOM = 40
+NUM_RANDOM = 25
 """Random cases of each operation, besides those that its schema suggests."""
 CALM = HttpConfig(max_body_bytes=200_000)
-
-
-class AnyItems:
-    """A catalogue that has whatever is asked for, so that random candidates are ranked."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def index_of(self, item_id: str) -> int:
-        return zlib.crc32(item_id.encode()) % len(self)
-
-
-class AnyVersion(FakeVersion):
-    def __init__(self, name: str) -> None:
-        super().__init__(name, score=lambda scores: scores.astype(np.float32))
-        self.items = AnyItems()
 
 
 @dataclasses.dataclass
@@ -86,14 +68,17 @@ def fuzz(api: FastAPI, sharpen: Callable[[str, Any], None], num_random: int = NU
         config = SchemathesisConfig.from_dict(raw)
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
 
-        @schema.hook
+        @schemathesis.hook
         def before_call(context: Any, case: Any, kwargs: Any) -> None:
             sharpen(url, case)
 
-        for event in engine.from_schema(schema).execute():
-            assert not isinstance(event, events.NonFatalError | events.FatalError), event
-            if isinstance(event, events.ScenarioFinished):
-                _note(event.recorder, found)
+        try:
+            for event in engine.from_schema(schema).execute():
+                assert not isinstance(event, events.NonFatalError | events.FatalError), event
+                if isinstance(event, events.ScenarioFinished):
+                    _note(event.recorder, found)
+        finally:
+            schemathesis.hooks.unregister(before_call)
     return found
 
 
@@ -119,28 +104,43 @@ class Sharpener:
         self._num += 1
         if self._num % 2 or case.method != "POST":
             return
+        if case.path in ("/v1/rollout/promote", "/v1/rollout/abort"):
+            self._start_trial(url)
         for name in [name for name in case.headers if name.lower() == "x-raysys-version"]:
             case.headers[name] = STABLE
-        if not isinstance(case.body, dict):
-            return
-        if isinstance(case.body.get("ts"), int | float):
-            case.body["ts"] = 1_500_000_000
-        if case.path == "/v1/feedback" and isinstance(case.body.get("request_id"), str):
-            answer = httpx.post(f"{url}/v1/rank", json={"candidates": ["a"]}).json()
-            case.body["request_id"] = answer["request_id"]
-            for key in ("user_id",):
-                case.body.pop(key, None)
-            for event in case.body.get("events") or []:
-                if isinstance(event, dict):
-                    event.pop("ts", None)
-        if case.path == "/v1/rollout/start" and isinstance(case.body.get("version"), str):
-            state = httpx.get(f"{url}/v1/rollout").json()
-            case.body["version"] = CANARY if state["stable"] == STABLE else STABLE
+        if isinstance(case.body, dict):
+            self._sharpen(url, case.path, case.body)
+
+    def _sharpen(self, url: str, path: str, body: dict[str, Any]) -> None:
+        for part in [body, *(body.get("events") or [] if path == "/v1/feedback" else [])]:
+            if isinstance(part, dict) and isinstance(part.get("ts"), int | float):
+                part["ts"] = 1_500_000_000
+        candidates = body.get("candidates")
+        if isinstance(candidates, list) and candidates:
+            known = list(ITEMS[: len(candidates)])
+            if all(isinstance(candidate, str) for candidate in candidates):
+                body["candidates"] = known
+            elif all(isinstance(candidate, dict) for candidate in candidates):
+                ads = zip(candidates, known, strict=False)
+                body["candidates"] = [{**ad, "item_id": item} for ad, item in ads]
+        if path == "/v1/feedback" and isinstance(body.get("request_id"), str):
+            answer = httpx.post(f"{url}/v1/rank", json={"candidates": ["apple"]}).json()
+            body["request_id"] = answer["request_id"]
+        if path == "/v1/rollout/start" and isinstance(body.get("version"), str):
+            body["version"] = self._not_stable(url)
+
+    def _start_trial(self, url: str) -> None:
+        body, headers = {"version": self._not_stable(url)}, {"Authorization": f"Bearer {TOKEN}"}
+        httpx.post(f"{url}/v1/rollout/start", json=body, headers=headers)
+
+    def _not_stable(self, url: str) -> str:
+        stable = httpx.get(f"{url}/v1/rollout").json()["stable"]
+        return CANARY if stable == STABLE else STABLE
 
 
 @pytest.fixture
 def replica(local_root: Root) -> FakeReplica:
-    versions = {name: AnyVersion(name) for name in (STABLE, CANARY)}
+    versions = {name: FakeVersion(name) for name in (STABLE, CANARY)}
     return FakeReplica(local_root, versions, two_versions())
 
 

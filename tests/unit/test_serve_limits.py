@@ -24,7 +24,7 @@ from raysys.errors import ConfigError
 from raysys.ledger.records import Record
 from raysys.rollout.view import RolloutView
 from raysys.serve import limits
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.serve.limits import MAX_DEPTH, Gate, gates, parse_json
 from raysys.serve.schema import ApiError
 from raysys.storage import Root

@@ -185,6 +185,18 @@ def _add_steering(app: FastAPI, replica: Replica) -> None:
         await steering.start(request)
         return await _rollout_of(replica)
 
+    @app.post("/v1/rollout/pause", **options)
+    async def pause(request: SteerRequest | None = None) -> RolloutAnswer:
+        """Keeps the canary at its weight until somebody resumes."""
+        await steering.pause(request or SteerRequest())
+        return await _rollout_of(replica)
+
+    @app.post("/v1/rollout/resume", **options)
+    async def resume(request: SteerRequest | None = None) -> RolloutAnswer:
+        """Goes on after a pause; approves a promotion that waits for it."""
+        await steering.resume(request or SteerRequest())
+        return await _rollout_of(replica)
+
     @app.post("/v1/rollout/promote", **options)
     async def promote(request: SteerRequest | None = None) -> RolloutAnswer:
         """Makes the canary stable."""
@@ -203,6 +215,8 @@ async def _rollout_of(replica: Replica) -> RolloutAnswer:
     return RolloutAnswer(
         sequence=view.sequence,
         rollout_id=view.rollout_id,
+        phase=view.phase,
+        step_index=view.step_index,
         stable=view.stable,
         canary=view.canary,
         previous=view.previous,

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from raysys.ledger.records import RolloutPhase
 from raysys.partitions.schema import Surface
 
 MAX_CANDIDATES = 1000
@@ -280,12 +281,14 @@ class FeedbackEvent(_Strict):
     item_id: Id
     ts: Ts | None = None
     """When it happened, UNIX seconds. Default: now."""
+    rank: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
+    """Of the item in the answer: lets a rollout compare how high the chosen items stood."""
     price: Amount | None = None
     quantity: Amount | None = None
 
 
 class FeedbackRequest(_Strict):
-    """What came of one answer. Any event makes it a conversion, once, however often it is sent."""
+    """What came of one answer. Each choice counts once for a rollout, however often it is sent."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     """The `request_id` of the answer."""
@@ -322,6 +325,10 @@ class RolloutAnswer(BaseModel):
     sequence: int
     """Ledger record that this state is at least as new as."""
     rollout_id: str | None
+    phase: RolloutPhase | None
+    """null if there never was a rollout."""
+    step_index: int | None
+    """The step of the plan that a canary on trial is at, from 0."""
     stable: str | None
     canary: str | None
     previous: str | None
@@ -348,7 +355,7 @@ class StartRequest(_Strict):
     version: Id
     """A committed version."""
     weight: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    """Share of users that it answers. Default: `rollout.weight_fraction` of the config."""
+    """Share of users that it answers first. Default: that of the plan in the config's `rollout`."""
 
 
 class HealthAnswer(BaseModel):

@@ -41,14 +41,35 @@ class Steering:
 
         Raises:
           ApiError: 404 there is no such version, 409 there is a trial already, 422 the weight is
-            no share, 503 the ledger cannot be written now.
+            not below those of the plan's later steps, 503 the ledger cannot be written now.
         """
-        share = self._config.weight_fraction if request.weight is None else request.weight
         await self._change(
             lambda state: rollout.start(
-                state, request.version, weight_fraction=share, actor=_OPERATOR
+                state,
+                request.version,
+                rules=self._config,
+                weight_fraction=request.weight,
+                actor=_OPERATOR,
             )
         )
+
+    async def pause(self, request: SteerRequest) -> None:
+        """Keeps the canary at its weight.
+
+        Raises:
+          ApiError: 409 there is no trial, or it is paused; 503 the ledger cannot be written now.
+        """
+        reason = request.reason or "paused by the operator"
+        await self._change(lambda state: rollout.pause(state, actor=_OPERATOR, reason=reason))
+
+    async def resume(self, request: SteerRequest) -> None:
+        """Ends a pause, and approves a promotion that waits for it.
+
+        Raises:
+          ApiError: 409 nothing is paused, 503 the ledger cannot be written now.
+        """
+        reason = request.reason or "resumed by the operator"
+        await self._change(lambda state: rollout.resume(state, actor=_OPERATOR, reason=reason))
 
     async def promote(self, request: SteerRequest) -> None:
         """Makes the canary stable.

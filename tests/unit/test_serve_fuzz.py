@@ -104,8 +104,8 @@ class Sharpener:
         self._num += 1
         if self._num % 2 or case.method != "POST":
             return
-        if case.path in ("/v1/rollout/promote", "/v1/rollout/abort"):
-            self._start_trial(url)
+        if case.path.startswith("/v1/rollout/"):
+            self._prepare(url, case.path.rpartition("/")[2])
         for name in [name for name in case.headers if name.lower() == "x-raysys-version"]:
             case.headers[name] = STABLE
         if isinstance(case.body, dict):
@@ -129,9 +129,13 @@ class Sharpener:
         if path == "/v1/rollout/start" and isinstance(body.get("version"), str):
             body["version"] = self._not_stable(url)
 
-    def _start_trial(self, url: str) -> None:
-        body, headers = {"version": self._not_stable(url)}, {"Authorization": f"Bearer {TOKEN}"}
-        httpx.post(f"{url}/v1/rollout/start", json=body, headers=headers)
+    def _prepare(self, url: str, action: str) -> None:
+        """Brings the rollout to where the action is legal."""
+        before = {"start": ["abort"], "resume": ["start", "pause"], "pause": ["start", "resume"]}
+        for step in before.get(action, ["start"]):
+            body = {"version": self._not_stable(url)} if step == "start" else {}
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            httpx.post(f"{url}/v1/rollout/{step}", json=body, headers=headers)
 
     def _not_stable(self, url: str) -> str:
         stable = httpx.get(f"{url}/v1/rollout").json()["stable"]

@@ -22,7 +22,7 @@ from tests.helpers import committed, rollout, started, write_config
 
 STABLE, CANARY = "v0001-aaaaaa", "v0002-bbbbbb"
 TOKEN, NEXT_TOKEN = "a" * 32, "b" * 40
-ACTIONS = ["start", "promote", "abort"]
+ACTIONS = ["start", "pause", "resume", "promote", "abort"]
 
 
 def two_versions() -> list[Record]:
@@ -84,6 +84,16 @@ def test_a_rollout_is_started_aborted_and_promoted(client: TestClient, shop: Sho
     promoted = steer(client, "promote").json()
     assert (promoted["stable"], promoted["previous"]) == (CANARY, STABLE)
     assert client.get("/v1/rollout").json() == promoted
+
+
+def test_a_trial_is_paused_and_goes_on(client: TestClient) -> None:
+    assert steer(client, "start", {"version": CANARY}).json()["phase"] == "canary"
+    paused = steer(client, "pause", {"reason": "a sale"}).json()
+    assert (paused["phase"], paused["canary"], paused["weight_fraction"]) == ("paused", CANARY, 0.2)
+    assert "paused" in error_of(steer(client, "pause"), 409)
+    assert steer(client, "resume").json()["phase"] == "canary"
+    assert steer(client, "pause").json()["phase"] == "paused"
+    assert steer(client, "abort").json()["phase"] == "rolled_back"
 
 
 def test_the_replica_follows_its_own_change_without_the_controller(
@@ -202,7 +212,7 @@ def test_a_token_is_never_said_again(
         assert TOKEN not in text and wrong not in text and "short-secret" not in text
 
 
-@pytest.mark.parametrize("action", ["promote", "abort"])
+@pytest.mark.parametrize("action", [a for a in ACTIONS if a != "start"])
 def test_an_illegal_transition_is_a_409_that_says_what_to_do(
     client: TestClient, action: str
 ) -> None:
@@ -217,7 +227,7 @@ def test_a_second_trial_is_a_409_and_an_unknown_version_a_404(
     assert message == f"no version 'v9' was committed; known: {STABLE}, {CANARY}"
     shop.replica.append(rollout("canary"))
     message = error_of(steer(client, "start", {"version": CANARY}), 409)
-    assert "is on trial; promote or abort it first" in message
+    assert "is on trial; promote, pause or abort it first" in message
 
 
 @pytest.mark.parametrize(

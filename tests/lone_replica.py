@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from raysys.serve.app import create_api
+from raysys.config import HttpConfig
+from raysys.serve.api import create_api
 from raysys.storage import Root
 from tests.fakes import FakeReplica, FakeVersion
 from tests.helpers import committed, started
@@ -76,7 +77,7 @@ def main(uri: str, port: str) -> None:
         [first, committed(first, version=VERSION)],
         impressions_interval_s=IMPRESSIONS_INTERVAL_S,
     )
-    uvicorn.run(create_api(replica.replica), port=int(port), log_level="warning")
+    uvicorn.run(create_api(replica.replica, HttpConfig()), port=int(port), log_level="warning")
 
 
 if __name__ == "__main__":

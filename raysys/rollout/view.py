@@ -31,6 +31,8 @@ class RolloutView:
     """The key of the pseudonyms in the head state, None before the first update."""
     phase: RolloutPhase | None = None
     """None if there never was a rollout."""
+    step_index: int | None = None
+    """The step of `rules.plan` that a canary on trial is at."""
     analysis_id: str | None = None
     """What requests count for, and only that: the rollout, and which of its weights. Traffic of two
     weights is not pooled, since a day's good hours would then count for one version only."""
@@ -51,6 +53,7 @@ class RolloutView:
             catalogue=state.head_state,
             user_key_id=state.user_key_id,
             phase=rollout.phase if rollout else None,
+            step_index=rollout.step_index if rollout and rollout.canary else None,
             analysis_id=analysis_id(rollout.rollout_id, rollout.stage) if rollout else None,
             rules=_rules(state),
         )

@@ -143,6 +143,10 @@ class RankService:
             failing=self.versions.failures(),
         )
 
+    def report_rejection(self, endpoint: str) -> None:
+        """Tells the metrics of a request that found no room."""
+        self._metrics.rejected(endpoint)
+
     async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
         """Ranks the caller's candidates; returns a `RankAnswer` as JSON.
 

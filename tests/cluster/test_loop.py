@@ -26,7 +26,8 @@ from raysys.ingest.shard_state import load_histories
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.store import load_version
-from raysys.serve.app import RankerArgs, create_api, open_replica
+from raysys.serve.api import create_api
+from raysys.serve.app import RankerArgs, open_replica
 from raysys.serve.metrics import METRICS, controller_metrics
 from raysys.storage import Root
 from raysys.update import run_update
@@ -99,7 +100,7 @@ def serve_a_day(file: Path, root: Root, config: Config) -> tuple[list[dict[str, 
     replica = open_replica(args, controller, load_version)
     report = controller_metrics(config, root)
     report(Log(root).refresh())
-    with TestClient(create_api(replica)) as client:
+    with TestClient(create_api(replica, config.http)) as client:
         answers = [visit(client, number) for number in range(NUM_USERS)]
         return answers, scrape_until_all_is_told()
 

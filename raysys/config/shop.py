@@ -23,6 +23,8 @@ from raysys.config.model import (
     RolloutConfig,
     TrainConfig,
 )
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
@@ -45,6 +47,9 @@ class Config:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
+    rules: tuple[RuleConfig, ...] = ()
 
     def __post_init__(self) -> None:
         require(

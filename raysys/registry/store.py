@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from raysys.errors import ArtifactError
+from raysys.evaluate.calibrate import Calibration, without_fit
 from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import FloatArray, IndexArray, ItemTable, UserHistory, features
 from raysys.ingest.history import history_slices
@@ -33,6 +34,7 @@ from raysys.ingest.shard_state import load_histories
 from raysys.ingest.stats import load_item_state
 from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256
+from raysys.model.explain import explain
 from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.partitions.layout import state_folder
 from raysys.registry.version import Manifest, version_path
@@ -95,6 +97,16 @@ class LoadedVersion:
             half_life_s=self.items.half_life_s,
         )
 
+    @property
+    def text_vectors(self) -> FloatArray:
+        """(M, d) normalised embeddings of the catalogue's distinct texts."""
+        return self._weights.text
+
+    @property
+    def text_of_item(self) -> IndexArray:
+        """(N,) row in `text_vectors` of each item's text."""
+        return self._text_of_item
+
     def knows_query(self, query: str) -> bool:
         """Whether `score` needs no encoder for this query."""
         return query in self._queries
@@ -109,15 +121,32 @@ class LoadedVersion:
           now: UNIX seconds of the request.
           query: Text of a search. One that is not cached yet runs the encoder (tens of ms).
         """
-        text = self._weights.text[self._text_of_item[candidates]]
-        attended, attention = history.attention(NUM_ATTENDED)
-        pooled = pool_history(self._weights.text[self._text_of_item[attended]], attention)
-        inputs = head_inputs(
-            features(history, self.items, candidates, now=now),
-            None if pooled is None else text @ pooled,
-            text @ self._embed_query(query) if query else None,
-        )
-        return self._weights.head.score(inputs)
+        return self._weights.head.score(self._inputs(history, candidates, now, query))
+
+    def probabilities(self, scores: FloatArray) -> FloatArray:
+        """Returns a probability for each score, (K,) in [0, 1], never falling as scores rise.
+
+        What they are probabilities of is `calibration.event`.
+        """
+        return self.calibration.probabilities(scores)
+
+    def explain(
+        self, history: UserHistory, candidates: IndexArray, *, now: float, query: str | None
+    ) -> dict[str, FloatArray]:
+        """Returns the parts of each candidate's score by name, (K,) each; they add up to it.
+
+        Args: as `score`. Names and meaning: `model.explain`.
+        """
+        return explain(self._weights.head, self._inputs(history, candidates, now, query))
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """The version's own; without one the best that can be said: see `without_fit`."""
+        if self.manifest.calibration is not None:
+            return self.manifest.calibration
+        everything = np.arange(len(self.items), dtype=np.int32)
+        reference = self.score(UserHistory.empty(), everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
 
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
@@ -168,6 +197,18 @@ class LoadedVersion:
         ]
         return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
 
+    def _inputs(
+        self, history: UserHistory, candidates: IndexArray, now: float, query: str | None
+    ) -> FloatArray:
+        text = self._weights.text[self._text_of_item[candidates]]
+        attended, attention = history.attention(NUM_ATTENDED)
+        pooled = pool_history(self._weights.text[self._text_of_item[attended]], attention)
+        return head_inputs(
+            features(history, self.items, candidates, now=now),
+            None if pooled is None else text @ pooled,
+            text @ self.embed_query(query) if query else None,
+        )
+
     def _golden_scores(self, request: Mapping[str, object]) -> FloatArray:
         now, history, candidates = request["now"], request["history"], request["candidates"]
         query = request["query"]
@@ -182,7 +223,8 @@ class LoadedVersion:
         shared = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
         return shared.with_weights(self._weights.adapted_weights)
 
-    def _embed_query(self, query: str) -> FloatArray:
+    def embed_query(self, query: str) -> FloatArray:
+        """Returns the normalised embedding of a search, (d,)."""
         cached = self._queries.get(query)
         if cached is None:
             cached = self._encoder.embed([query])[0]

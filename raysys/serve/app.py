@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +42,8 @@ from raysys.serve.metrics import RayMetrics
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
 from raysys.serve.schema import (
+    AdsAnswer,
+    AdsRequest,
     ApiError,
     ErrorAnswer,
     FeedbackAnswer,
@@ -49,11 +51,16 @@ from raysys.serve.schema import (
     HealthAnswer,
     RankAnswer,
     RankRequest,
+    RecommendAnswer,
+    RecommendRequest,
     RolloutAnswer,
+    SearchAnswer,
+    SearchRequest,
     VersionsAnswer,
     describe,
 )
 from raysys.serve.service import RankService
+from raysys.serve.shelf import Shelves
 from raysys.storage import Root
 
 LoadVersion = Callable[[Root, UpdateCommitted], Servable]
@@ -61,6 +68,9 @@ LoadVersion = Callable[[Root, UpdateCommitted], Servable]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
 }
+
+
+ForcedVersion = Annotated[str | None, Header()]
 
 
 def create_api(replica: Replica) -> FastAPI:
@@ -86,12 +96,27 @@ def create_api(replica: Replica) -> FastAPI:
 
 
 def _add_ranking(app: FastAPI, service: RankService) -> None:
-    @app.post("/v1/rank")
-    async def rank(
-        request: RankRequest, x_raysys_version: Annotated[str | None, Header()] = None
-    ) -> RankAnswer:
+    @app.post("/v1/rank", response_model=RankAnswer)
+    async def rank(request: RankRequest, x_raysys_version: ForcedVersion = None) -> Response:
         """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
-        return await service.rank(request, x_raysys_version)
+        return _json(await service.rank(request, x_raysys_version))
+
+    @app.post("/v1/search", response_model=SearchAnswer)
+    async def search(request: SearchRequest, x_raysys_version: ForcedVersion = None) -> Response:
+        """Finds items by a query, and ranks them for a user."""
+        return _json(await service.search(request, x_raysys_version))
+
+    @app.post("/v1/recommend", response_model=RecommendAnswer)
+    async def recommend(
+        request: RecommendRequest, x_raysys_version: ForcedVersion = None
+    ) -> Response:
+        """Chooses items for a user or a history, and ranks them; without either, popular ones."""
+        return _json(await service.recommend(request, x_raysys_version))
+
+    @app.post("/v1/ads", response_model=AdsAnswer)
+    async def ads(request: AdsRequest, x_raysys_version: ForcedVersion = None) -> Response:
+        """Ranks ads by their probability times their bid, those that reach the reserve."""
+        return _json(await service.ads(request, x_raysys_version))
 
     @app.post("/v1/feedback")
     async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
@@ -159,6 +184,10 @@ def _add_errors(app: FastAPI) -> None:
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": " ".join(message.split())}, status)
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 class _ControllerHandle:
@@ -236,17 +265,20 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     )
     feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
+    shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
         versions=ResidentVersions(
-            lambda name: load_named(name, root, log, keys, load),
+            lambda name: shelves.prepare(load_named(name, root, log, keys, load)),
             lambda update_id: load_item_ids(root, update_id),
         ),
         keys=keys,
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        shelves=shelves,
+        reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
     )
     # Half a million objects of torch, Ray and the version live as long as the replica. Looking

@@ -39,12 +39,26 @@ class Servable(Protocol):
     user_key_id: str | None
     """The key of the pseudonyms in its histories; None for the current one."""
 
+    @property
+    def text_vectors(self) -> NDArray[np.float32]: ...
+    @property
+    def text_of_item(self) -> NDArray[np.int32]: ...
+
     def history(self, user: str) -> UserHistory: ...
     def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory: ...
     def knows_query(self, query: str) -> bool: ...
+    def embed_query(self, query: str) -> NDArray[np.float32]: ...
     def score(
         self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
     ) -> NDArray[np.float32]: ...
+    def probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns (K,) in [0, 1], never falling as scores rise."""
+
+    def explain(
+        self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Returns named parts, (K,) each, that add up to the scores."""
+
     def check_golden(self) -> None: ...
 
 
@@ -98,6 +112,15 @@ class ResidentVersions:
         """Whether the shop has the item, as far as any version or its newest catalogue says."""
         return item_id in self._catalogue[1] or any(
             version.items.index_of(item_id) is not None for version in self.all()
+        )
+
+    def is_stranger(self, item_id: str, version: Servable) -> bool:
+        """Whether a version alone has an item that the shop's newest catalogue has not."""
+        others = (other for other in self.all() if other is not version)
+        return (
+            self._catalogue[0] is not None
+            and item_id not in self._catalogue[1]
+            and all(other.items.index_of(item_id) is None for other in others)
         )
 
     def failures(self) -> dict[str, str]:
@@ -200,13 +223,3 @@ def score(
     if not np.isfinite(scores).all():
         raise ScoresError(f"version {version.name} gave scores that are not finite")
     return scores
-
-
-def rank_order(item_ids: Sequence[str], scores: NDArray[np.float32]) -> list[int]:
-    """Returns places in `item_ids`, best first. Equal scores go by item id, in any order given.
-
-    >>> rank_order(["b", "c", "a"], np.array([1, 2, 1], np.float32))
-    [1, 2, 0]
-    """
-    falling = (-scores).tolist()
-    return sorted(range(len(item_ids)), key=lambda i: (falling[i], item_ids[i]))

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from raysys.errors import ArtifactError
+from raysys.evaluate.calibrate import Calibration
 from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import UserHistory, features
 from raysys.ingest.history import history_slices
@@ -287,8 +288,8 @@ def test_another_encoder_than_the_version_was_trained_on_is_refused(
             lambda data: data.replace(b'"alpha"', b'"beta"'), "cannot be read", id="other keys"
         ),
         pytest.param(
-            lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 3'),
-            "schema_version 3, this raysys reads up to 2: upgrade",
+            lambda data: data.replace(b'"schema_version": 3', b'"schema_version": 4'),
+            "schema_version 4, this raysys reads up to 3: upgrade",
             id="of a newer raysys",
         ),
     ],
@@ -402,3 +403,46 @@ def test_scores_that_only_rank_flag_nothing(publish_version: Publish, local_root
     version = load_version(local_root, publish_version())
     with pytest.raises(ValueError, match=r"listwise loss.*train\.loss: pointwise"):
         version.flags(np.zeros(2, np.float32))
+
+
+def test_a_version_explains_its_scores_in_parts_that_add_up(
+    publish_version: Publish, local_root: Root, histories: pl.DataFrame
+) -> None:
+    version = load_version(local_root, publish_version())
+    candidates = np.array([3, 0, 39, 17, 8], np.int32)
+    for user in (histories["user"][0], "nobody"):
+        for query in (None, "w3 w4"):
+            asked = (version.history(user), candidates)
+            scores = version.score(*asked, now=NOW, query=query)
+            parts = version.explain(*asked, now=NOW, query=query)
+            np.testing.assert_allclose(sum(parts.values()), scores, rtol=1e-5, atol=1e-5)
+            assert (np.abs(parts["query"]).max() > 0) == (query is not None)
+            assert (np.abs(parts["repeat"]).max() > 0) == (user != "nobody")
+
+
+def test_a_version_gives_the_probabilities_of_its_calibration(
+    publish_version: Publish, local_root: Root
+) -> None:
+    calibration = Calibration(slope=0.5, intercept=-2.0, event="shown")
+    version = load_version(local_root, publish_version(calibration=calibration))
+    assert version.calibration == calibration
+    found = version.probabilities(np.array([-1e9, 4.0, 1e9], np.float32))
+    assert found.tolist() == [0.0, 0.5, 1.0] and found.dtype == np.float32
+
+
+def test_a_version_without_calibration_gives_the_chances_of_the_next_item(
+    publish_version: Publish, local_root: Root
+) -> None:
+    version = load_version(local_root, publish_version())
+    everything = np.arange(len(version.items), dtype=np.int32)
+    scores = version.score(UserHistory.empty(), everything, now=version.items.as_of, query=None)
+    assert version.calibration.event == "next"
+    assert version.probabilities(scores).sum() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_scores_of_a_pointwise_version_are_log_odds_where_nothing_was_fitted(
+    publish_version: Publish, local_root: Root
+) -> None:
+    version = load_version(local_root, publish_version(loss="pointwise"))
+    assert version.calibration.event == "trained"
+    assert version.probabilities(np.array([0.0], np.float32)).tolist() == [0.5]

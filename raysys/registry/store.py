@@ -32,7 +32,8 @@ from raysys.ingest.history import history_slices
 from raysys.ingest.shard_state import load_histories
 from raysys.ingest.stats import load_item_state
 from raysys.ledger.records import UpdateCommitted
-from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.partitions.layout import state_folder
 from raysys.registry.version import Manifest, version_path

@@ -19,7 +19,8 @@ from torch.nn.functional import linear, normalize
 from raysys.config import load_config
 from raysys.errors import ConfigError
 from raysys.model.adapter import NAME, Adapter, activations_cut
-from raysys.model.encoder import TextEncoder, TokenActivations, weights_sha256
+from raysys.model.encoder import TextEncoder, TokenActivations
+from raysys.model.encoder_files import weights_sha256
 from raysys.model.losses import listwise_loss
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import NUM_INPUTS

@@ -21,7 +21,8 @@ from raysys.ingest.history import history_slices
 from raysys.ingest.shard_state import shard_path
 from raysys.ingest.stats import save_item_state
 from raysys.ledger.records import UpdateCommitted
-from raysys.model.encoder import TextEncoder, weights_sha256
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import weights_sha256
 from raysys.model.scorer import head_inputs, pool_history
 from raysys.registry.store import (
     VersionWeights,

@@ -83,6 +83,17 @@ class FakeVersion:
             scores += 100 * np.isin(candidates, history)
         return self._score(scores) if self._score else scores
 
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
+
+    def explain(
+        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+    ) -> dict[str, np.ndarray]:
+        """What the user knows is `repeat`, the rest is the place in the catalogue."""
+        scores = self.score(history, candidates, now=now, query=query)
+        place = -candidates.astype(np.float32)
+        return {"base": np.zeros_like(scores), "place": place, "repeat": scores - place}
+
     def check_golden(self) -> None:
         if self._golden is not None:
             raise self._golden

@@ -2,10 +2,11 @@
 
     FrozenEncoder (one a process) + a version's matrices -> embed() -> normalised embeddings
 
-Each layer is a session of its own. Sessions are shared by all versions that have the same modules of
-a layer changed, whatever the matrices are, since those are given to each run. So a version adds its
-matrices and nothing else, and one that changes other modules adds a session for each layer that it
-touches. Embedding tables stay in the encoder's file, memory-mapped, which replicas of a node share.
+Each layer is a session of its own. Sessions are shared by all versions that have changed the same
+modules of a layer, whatever the matrices are, since those are given to each run. So a version adds
+its matrices and nothing else, and one that changes other modules adds a session for each layer that
+it touches. Embedding tables stay in the encoder's file, memory-mapped, which the replicas of a node
+share.
 
 Measured with MiniLM on one thread (2 CPU cores, 2026-11-24): 2.3 ms for a query of 6 tokens, 3.7 ms
 for one of 16, 16 ms for 8 of 16; torch takes 6 to 50 ms for one. It takes 45 MB, torch 300.

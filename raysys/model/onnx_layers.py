@@ -2,9 +2,9 @@
 
     EncoderFile (model.safetensors, memory-mapped) -> layer_graph() -> bytes -> InferenceSession
 
-The graph is written node by node and not traced: that takes 20 ms a layer and no torch, and matrices
-that a version has changed can be inputs of the graph instead of constants in it. So sessions of
-untouched layers, and those of touched ones too, serve all versions alike.
+The graph is written node by node and not traced: that takes 20 ms a layer and no torch, and the
+matrices that a version has changed can be inputs of the graph instead of constants in it. So the
+sessions of untouched layers, and those of touched ones too, serve all versions alike.
 
 Shape suffixes: N = texts, T = tokens, d = width of the encoder.
 """
@@ -147,8 +147,7 @@ def layer_graph(file: EncoderFile, index: int, inputs: Collection[str] = ()) -> 
     inner = graph.op("Gelu", graph.linear(attended, f"{layer}.intermediate.dense"))
     outer = graph.op("Add", graph.linear(inner, f"{layer}.output.dense"), attended)
     out = graph.norm(outer, f"{layer}.output.LayerNorm")
-    hidden = ["texts", "tokens", file.width]
-    return _model(graph, hidden, out)
+    return _model(graph, ["texts", "tokens", file.width], out)
 
 
 def _attention(graph: _Graph, x: str, module: str, file: EncoderFile) -> str:
@@ -178,8 +177,11 @@ def _model(graph: _Graph, hidden: list[str | int], out: str) -> bytes:
     body = helper.make_graph(
         graph.nodes,
         "layer",
-        [value("hidden", hidden), value("attention_bias", ["texts", 1, 1, "tokens"])]
-        + graph.inputs,
+        [
+            value("hidden", hidden),
+            value("attention_bias", ["texts", 1, 1, "tokens"]),
+            *graph.inputs,
+        ],
         [value(out, hidden)],
         graph.constants,
     )

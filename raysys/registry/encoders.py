@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from raysys.model.encoder_files import resolve_encoder
 from raysys.model.onnx_encoder import FrozenEncoder
 from raysys.model.onnx_layers import UnsupportedEncoderError
 from raysys.registry.version import Manifest
+
+if TYPE_CHECKING:
+    from raysys.model.encoder import TextEncoder
 
 Runtime = Literal["onnx", "torch"]
 MAX_CACHED_QUERIES = 10_000
@@ -94,7 +97,7 @@ class VersionEncoder:
         """Encodes queries at once and keeps their embeddings, (M, d)."""
         rows = self._run(queries)
         for query, row in zip(queries, rows, strict=True):
-            self._cache.put(self.key, query, row)
+            self._cache.put(self.key, query, row.copy())  # not the whole batch
         return rows
 
 
@@ -163,21 +166,22 @@ def torch_encoder(
 def _with_torch(
     manifest: Manifest, weights: Mapping[str, FloatArray]
 ) -> Callable[[Sequence[str]], FloatArray]:
-    from raysys.model.encoder import TextEncoder
-
-    return _shared(TextEncoder, manifest.encoder, manifest.max_tokens).with_weights(weights).embed
+    return _torch_encoder(manifest.encoder, manifest.max_tokens).with_weights(weights).embed
 
 
 @functools.cache
-def _shared[T](kind: Callable[[str, int], T], name: str, max_tokens: int) -> T:
-    return kind(name, max_tokens)
+def _torch_encoder(name: str, max_tokens: int) -> TextEncoder:
+    from raysys.model.encoder import TextEncoder  # imports torch, for seconds
+
+    return TextEncoder(name, max_tokens)
 
 
 def _compare(
     embed: Callable[[Sequence[str]], FloatArray], texts: Sequence[str], text: FloatArray
 ) -> None:
     step = max(len(texts) // _NUM_COMPARED_TEXTS, 1)
-    worst = float(np.abs(embed(texts[::step]) - text[::step]).max(initial=0.0))
+    some = slice(0, step * _NUM_COMPARED_TEXTS, step)
+    worst = float(np.abs(embed(texts[some]) - text[some]).max(initial=0.0))
     # Written so that a NaN fails.
     if not worst <= TOLERANCE:
         raise UnsupportedEncoderError(
@@ -190,5 +194,5 @@ def _key(manifest: Manifest, weights: Mapping[str, FloatArray]) -> str:
     digest = hashlib.sha256(f"{manifest.encoder_sha256} {manifest.max_tokens}".encode())
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(weights[name]))
+        digest.update(weights[name].tobytes())
     return digest.hexdigest()

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysys.errors import ArtifactError
+from raysys.evaluate.calibrate import Calibration
 from raysys.partitions.layout import version_folder
 
-MANIFEST_SCHEMA_VERSION = 2
-"""1 had one adapted module, `adapted_module`, and always LoRA on it."""
+MANIFEST_SCHEMA_VERSION = 3
+"""1 had one adapted module, `adapted_module`, and always LoRA on it; 2 no calibration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,8 @@ class Manifest:
     """Probability from which a candidate is flagged."""
     selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Dotted config key -> the value that a selection chose; {} without one."""
+    calibration: Calibration | None = None
+    """How scores become probabilities; None of a version that was published without."""
     schema_version: int = MANIFEST_SCHEMA_VERSION
 
     def to_bytes(self) -> bytes:
@@ -79,8 +82,13 @@ class Manifest:
 def _migrated(body: dict[str, Any]) -> dict[str, Any]:
     if body["schema_version"] == 1:
         body |= {"adapter": "lora", "adapted_modules": [body.pop("adapted_module")]}
-    modules = tuple(body["adapted_modules"])
-    return {**body, "adapted_modules": modules, "schema_version": MANIFEST_SCHEMA_VERSION}
+    calibration = body.get("calibration")
+    return {
+        **body,
+        "adapted_modules": tuple(body["adapted_modules"]),
+        "calibration": calibration and Calibration(**calibration),
+        "schema_version": MANIFEST_SCHEMA_VERSION,
+    }
 
 
 def version_path(version: str, name: str) -> str:

@@ -45,6 +45,14 @@ class Servable(Protocol):
     def score(
         self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
     ) -> NDArray[np.float32]: ...
+    def probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns (K,) in [0, 1], never falling as scores rise."""
+
+    def explain(
+        self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Returns named parts, (K,) each, that add up to the scores."""
+
     def check_golden(self) -> None: ...
 
 

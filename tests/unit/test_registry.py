@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from raysys.errors import ArtifactError
+from raysys.evaluate.calibrate import Calibration
 from raysys.ingest.example_set import NUM_ATTENDED
 from raysys.ingest.features import UserHistory, features
 from raysys.ingest.history import history_slices
@@ -24,6 +25,7 @@ from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder
 from raysys.model.encoder_files import weights_sha256
 from raysys.model.scorer import head_inputs, pool_history
+from raysys.registry.encoders import Encoders, torch_encoder
 from raysys.registry.store import (
     VersionWeights,
     load_version,
@@ -157,6 +159,18 @@ def test_a_loaded_version_scores_as_the_weights_that_were_published(
     version.check_golden()
 
 
+def test_versions_in_one_process_share_its_encoder(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record, encoders = publish_version(), Encoders()
+    versions = [load_version(local_root, record, encoders) for _ in range(3)]
+    assert {version.encoder_runtime for version in versions} == {"onnx"}
+    assert encoders.num_sessions() == 2, "one a layer"
+    versions[0].embed_queries(["w3 w4", "w5"])
+    assert all(version.knows_query("w5") for version in versions)
+    assert load_version(local_root, record).knows_query("w5") is False, "another process"
+
+
 def test_users_with_different_histories_get_different_scores(
     publish_version: Publish, local_root: Root, histories: pl.DataFrame
 ) -> None:
@@ -288,8 +302,8 @@ def test_another_encoder_than_the_version_was_trained_on_is_refused(
             lambda data: data.replace(b'"alpha"', b'"beta"'), "cannot be read", id="other keys"
         ),
         pytest.param(
-            lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 3'),
-            "schema_version 3, this raysys reads up to 2: upgrade",
+            lambda data: data.replace(b'"schema_version": 3', b'"schema_version": 4'),
+            "schema_version 4, this raysys reads up to 3: upgrade",
             id="of a newer raysys",
         ),
     ],
@@ -378,17 +392,9 @@ def test_the_golden_requests_are_the_same_whoever_the_users_are(
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     nobody = dataclasses.replace(record, artifacts={**record.artifacts, path: digest})
     golden = json.loads(local_root.read_bytes(version_path(VERSION, "golden.json")))
-    assert golden == load_version(local_root, nobody).record_golden()
-
-
-def test_queries_beyond_the_cache_are_forgotten_oldest_first(
-    publish_version: Publish, local_root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("raysys.registry.store.MAX_CACHED_QUERIES", 2)
-    version = load_version(local_root, publish_version())
-    for query in ("w1", "w2", "w3"):
-        version.score(UserHistory.empty(), np.array([0], np.int32), now=NOW, query=query)
-    assert [version.knows_query(q) for q in ("w1", "w2", "w3")] == [False, True, True]
+    version = load_version(local_root, nobody)
+    version.encoder = torch_encoder(version.manifest, version._weights.adapted_weights)
+    assert golden == version.record_golden()
 
 
 def test_a_version_flags_by_the_configured_probability(
@@ -403,3 +409,46 @@ def test_scores_that_only_rank_flag_nothing(publish_version: Publish, local_root
     version = load_version(local_root, publish_version())
     with pytest.raises(ValueError, match=r"listwise loss.*train\.loss: pointwise"):
         version.flags(np.zeros(2, np.float32))
+
+
+def test_a_version_explains_its_scores_in_parts_that_add_up(
+    publish_version: Publish, local_root: Root, histories: pl.DataFrame
+) -> None:
+    version = load_version(local_root, publish_version())
+    candidates = np.array([3, 0, 39, 17, 8], np.int32)
+    for user in (histories["user"][0], "nobody"):
+        for query in (None, "w3 w4"):
+            asked = (version.history(user), candidates)
+            scores = version.score(*asked, now=NOW, query=query)
+            parts = version.explain(*asked, now=NOW, query=query)
+            np.testing.assert_allclose(sum(parts.values()), scores, rtol=1e-5, atol=1e-5)
+            assert (np.abs(parts["query"]).max() > 0) == (query is not None)
+            assert (np.abs(parts["repeat"]).max() > 0) == (user != "nobody")
+
+
+def test_a_version_gives_the_probabilities_of_its_calibration(
+    publish_version: Publish, local_root: Root
+) -> None:
+    calibration = Calibration(slope=0.5, intercept=-2.0, event="shown")
+    version = load_version(local_root, publish_version(calibration=calibration))
+    assert version.calibration == calibration
+    found = version.probabilities(np.array([-1e9, 4.0, 1e9], np.float32))
+    assert found.tolist() == [0.0, 0.5, 1.0] and found.dtype == np.float32
+
+
+def test_a_version_without_calibration_gives_the_chances_of_the_next_item(
+    publish_version: Publish, local_root: Root
+) -> None:
+    version = load_version(local_root, publish_version())
+    everything = np.arange(len(version.items), dtype=np.int32)
+    scores = version.score(UserHistory.empty(), everything, now=version.items.as_of, query=None)
+    assert version.calibration.event == "next"
+    assert version.probabilities(scores).sum() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_scores_of_a_pointwise_version_are_log_odds_where_nothing_was_fitted(
+    publish_version: Publish, local_root: Root
+) -> None:
+    version = load_version(local_root, publish_version(loss="pointwise"))
+    assert version.calibration.event == "trained"
+    assert version.probabilities(np.array([0.0], np.float32)).tolist() == [0.5]

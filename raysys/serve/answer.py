@@ -184,15 +184,19 @@ def render(ranking: Ranking, request_id: str, *, names_unknown: bool) -> bytes:
 
 
 def _items(ranking: Ranking) -> list[dict[str, Any]]:
-    columns: dict[str, Sequence[Any] | None] = {
-        "item_id": ranking.item_ids,
-        "rank": range(1, len(ranking.item_ids) + 1),
-        "score": ranking.scores,
-        "probability": ranking.probabilities,
+    columns = zip(ranking.item_ids, ranking.scores, ranking.probabilities, strict=True)
+    items: list[dict[str, Any]] = [
+        {"item_id": item_id, "rank": rank, "score": score, "probability": probability}
+        for rank, (item_id, score, probability) in enumerate(columns, 1)
+    ]
+    further: dict[str, Sequence[Any] | None] = {
         "bid": ranking.bids,
         "expected_value": ranking.expected_values,
         "explain": ranking.parts,
         "rules": ranking.rules,
     }
-    given = {name: values for name, values in columns.items() if values is not None}
-    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+    for name, values in further.items():
+        if values is not None:
+            for item, value in zip(items, values, strict=True):
+                item[name] = value
+    return items

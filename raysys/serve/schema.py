@@ -80,13 +80,14 @@ def name_some(values: Sequence[str]) -> str:
 
 
 def _check_once(item_ids: Sequence[str]) -> None:
+    if len(set(item_ids)) == len(item_ids):
+        return
     twice = [item for item, count in Counter(item_ids).items() if count > 1]
-    if twice:
-        raise PydanticCustomError(
-            "duplicates",
-            "{names} stand twice; send each candidate once",
-            {"names": name_some(twice)},
-        )
+    raise PydanticCustomError(
+        "duplicates",
+        "{names} stand twice; send each candidate once",
+        {"names": name_some(twice)},
+    )
 
 
 def _each_once(candidates: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     raysys plan | status | budget | versions | doctor --config shop.yaml [--json]
     raysys ledger [list] | show N | verify --config shop.yaml [--json]
-    raysys rollout status | start VERSION | promote | abort --config shop.yaml [--json]
+    raysys rollout status | start VERSION | pause | resume | promote | abort --config shop.yaml
 
 Nothing here needs a Ray cluster: the ledger below the root says it all, and a rollout is steered by
 appending to it. `--json` prints one object. An error is one line, `raysys: MESSAGE`, and exit code
@@ -60,6 +60,8 @@ rollout_app = typer.Typer(
 )
 rollout_app.command()(rollout.status)
 rollout_app.command()(rollout.start)
+rollout_app.command()(rollout.pause)
+rollout_app.command()(rollout.resume)
 rollout_app.command()(rollout.promote)
 rollout_app.command()(rollout.abort)
 app.add_typer(rollout_app, name="rollout")

@@ -10,6 +10,7 @@ import typer
 
 from raysys.cli.options import ConfigOption, JsonOption, ReasonOption, open_shop
 from raysys.cli.show import print_result, rollout_json, rollout_lines
+from raysys.config import Config
 from raysys.ledger.log import Log
 from raysys.ledger.records import RolloutChanged
 from raysys.ledger.state import State
@@ -19,9 +20,9 @@ _OPERATOR = "operator"
 
 
 def status(config: ConfigOption, as_json: JsonOption = False) -> None:
-    """Show stable, canary and the last transition."""
-    _, log = open_shop(config)
-    _show_rollout(log.refresh(), as_json)
+    """Show stable, canary, the step and what it waits for, and the last transition."""
+    shop, log = open_shop(config)
+    _show_rollout(log.refresh(), shop, as_json)
 
 
 def start(
@@ -29,18 +30,40 @@ def start(
     config: ConfigOption,
     weight: Annotated[
         float | None,
-        typer.Option(help="Share of users in (0, 1); the config's weight_fraction by default."),
+        typer.Option(help="First share of users, in (0, 1); the config's by default."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put VERSION on trial beside stable."""
+    """Put VERSION on trial beside stable, by the steps and thresholds of the config."""
     shop, log = open_shop(config)
-    share = shop.rollout.weight_fraction if weight is None else weight
     _change(
+        shop,
         log,
-        lambda state: rollout.start(state, version, weight_fraction=share, actor=_OPERATOR),
+        lambda state: rollout.start(
+            state, version, rules=shop.rollout, weight_fraction=weight, actor=_OPERATOR
+        ),
         as_json,
     )
+
+
+def pause(
+    config: ConfigOption,
+    reason: ReasonOption = "paused by the operator",
+    as_json: JsonOption = False,
+) -> None:
+    """Keep the canary at its share until somebody resumes; a proven fault still rolls it back."""
+    shop, log = open_shop(config)
+    _change(shop, log, lambda state: rollout.pause(state, actor=_OPERATOR, reason=reason), as_json)
+
+
+def resume(
+    config: ConfigOption,
+    reason: ReasonOption = "resumed by the operator",
+    as_json: JsonOption = False,
+) -> None:
+    """Go on after a pause; approve the promotion where that is what is waited for."""
+    shop, log = open_shop(config)
+    _change(shop, log, lambda state: rollout.resume(state, actor=_OPERATOR, reason=reason), as_json)
 
 
 def promote(
@@ -49,8 +72,10 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Make the canary stable."""
-    _, log = open_shop(config)
-    _change(log, lambda state: rollout.promote(state, actor=_OPERATOR, reason=reason), as_json)
+    shop, log = open_shop(config)
+    _change(
+        shop, log, lambda state: rollout.promote(state, actor=_OPERATOR, reason=reason), as_json
+    )
 
 
 def abort(
@@ -59,18 +84,20 @@ def abort(
     as_json: JsonOption = False,
 ) -> None:
     """Take the canary off trial; stable answers everyone again."""
-    _, log = open_shop(config)
-    _change(log, lambda state: rollout.abort(state, actor=_OPERATOR, reason=reason), as_json)
+    shop, log = open_shop(config)
+    _change(shop, log, lambda state: rollout.abort(state, actor=_OPERATOR, reason=reason), as_json)
 
 
-def _change(log: Log, decide: Callable[[State], RolloutChanged], as_json: bool) -> None:
+def _change(
+    shop: Config, log: Log, decide: Callable[[State], RolloutChanged], as_json: bool
+) -> None:
     log.transact(decide)
-    _show_rollout(log.refresh(), as_json)
+    _show_rollout(log.refresh(), shop, as_json)
 
 
-def _show_rollout(state: State, as_json: bool) -> None:
+def _show_rollout(state: State, shop: Config, as_json: bool) -> None:
     at = state.rollout_changed_at
     when = None if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC)
-    body = {**rollout_json(state), "at": when and when.isoformat(timespec="seconds")}
+    body = {**rollout_json(state, shop), "at": when and when.isoformat(timespec="seconds")}
     since = [f"since      {body['at']}"] if when else []
-    print_result(body, as_json, [*rollout_lines(state), *since])
+    print_result(body, as_json, [*rollout_lines(state, shop), *since])

@@ -12,6 +12,7 @@ import typer
 
 from raysys.config import Config
 from raysys.ledger.state import State
+from raysys.rollout.progress import progress
 
 
 def print_result(body: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
@@ -56,9 +57,10 @@ def active_lines(state: State) -> list[str]:
     return [f"running    {state.active.update_id} by {state.active.owner}, lease {lease}"]
 
 
-def rollout_json(state: State) -> dict[str, Any]:
+def rollout_json(state: State, shop: Config) -> dict[str, Any]:
     """Returns where the rollout stands."""
     last = state.rollout
+    at = progress(state, shop.rollout, time.time())
     return {
         "phase": last.phase if last else None,
         "rollout_id": last.rollout_id if last else None,
@@ -66,13 +68,17 @@ def rollout_json(state: State) -> dict[str, Any]:
         "canary": state.canary,
         "previous": state.previous,
         "weight_fraction": state.weight_fraction,
+        "step": at.step if at else None,
+        "num_steps": at.num_steps if at else None,
+        "doing": at.doing if at else None,
+        "waits_for": at.waits_for if at else None,
         "actor": last.actor if last else None,
         "reason": last.reason if last else None,
         "measurement": last.measurement if last else None,
     }
 
 
-def rollout_lines(state: State) -> list[str]:
+def rollout_lines(state: State, shop: Config) -> list[str]:
     """Returns the same as lines."""
     lines = [f"stable     {state.stable or 'none'}"]
     if state.canary:
@@ -82,6 +88,8 @@ def rollout_lines(state: State) -> list[str]:
     if state.rollout:
         last = state.rollout
         lines.append(f"rollout    {last.rollout_id} {last.phase} by {last.actor}: {last.reason}")
+    if at := progress(state, shop.rollout, time.time()):
+        lines.append(f"at         {at.describe()}")
     return lines
 
 

@@ -29,7 +29,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
         "head_version": state.head_version,
         "active": active_json(state),
         "private": is_private(state, shop),
-        "rollout": rollout_json(state),
+        "rollout": rollout_json(state, shop),
     }
     print_result(
         body,
@@ -39,7 +39,7 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
             f"updates    {len(state.committed)} committed, {len(state.abandoned)} abandoned, "
             f"{len(state.consumed_partitions)} partitions up to {state.watermark or 'none'}",
             f"versions   {len(state.versions)}, newest {state.head_version or 'none'}",
-            *rollout_lines(state),
+            *rollout_lines(state, shop),
             *active_lines(state),
             *privacy_lines(state, shop),
         ],

@@ -8,7 +8,8 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 
 shop.py       all sections together
 data.py       what an update reads and makes of it
-model.py      how the ranker is trained, kept private, judged and rolled out
+model.py      how the ranker is trained, kept private and judged
+rollout.py    how a canary is put on trial on live traffic
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
 rules.py      what the shop wants of rankings whatever the model says
@@ -24,17 +25,17 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
-from raysys.config.load import load_config, parse_config, with_values
+from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.rules import (
     BlockRule,
     BoostRule,
@@ -48,6 +49,7 @@ from raysys.config.tune import TuneConfig
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
     "AdsConfig",
+    "Analysis",
     "BlockRule",
     "BoostRule",
     "CategoryCapRule",
@@ -60,6 +62,7 @@ __all__ = [
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
+    "Pause",
     "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
@@ -67,9 +70,11 @@ __all__ = [
     "RolloutConfig",
     "RuleConfig",
     "SchemaConfig",
+    "Step",
     "TrainConfig",
     "TuneConfig",
     "load_config",
     "parse_config",
+    "parse_rollout",
     "with_values",
 ]

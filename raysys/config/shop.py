@@ -20,10 +20,10 @@ from raysys.config.model import (
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rollout import RolloutConfig
 from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 

@@ -1,12 +1,13 @@
 """The one actor that judges a rollout: it follows the ledger, hears replicas, and decides.
 
     ledger --refresh--> RolloutView --long poll--> replicas
-    replicas --ReplicaReport--> RolloutCounts --judge, decide--> ledger
+    replicas --ReplicaReport--> RolloutCounts --judge, decide--> ledger --> webhook
 
-It keeps nothing of its own: rollout and decisions are in the ledger, counts come again from the
-replicas. So it may die at any moment; replicas go on with the last view, and the next controller
-continues. A decision is a ledger record first. Replicas act on it only when they see it there, and
-it is decided anew on the newest state, so that an operator who was faster prevails.
+It keeps nothing of its own: rollout, step and decisions are in the ledger, with the time that the
+step has run; counts come again from the replicas. So it may die at any moment; replicas go on with
+the last view, and the next controller continues. A decision is a ledger record first. Replicas act
+on it only when they see it there, and it is decided anew on the newest state, so that an operator
+who was faster prevails.
 
 `Control` is the actor without Ray, `RolloutController` the Serve deployment around it.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -23,20 +25,23 @@ from typing import Any
 from ray import serve
 
 from raysys.config import RolloutConfig, load_config
-from raysys.errors import RaysysError, TransitionError
+from raysys.errors import RaysysError
 from raysys.ledger.log import Log
-from raysys.ledger.records import RolloutChanged
+from raysys.ledger.records import CONTROLLER, Entry, RolloutChanged
 from raysys.ledger.state import State
 from raysys.rollout.analysis import Measurement, judge
+from raysys.rollout.notify import Notifier, message
 from raysys.rollout.policy import Decision, decide
+from raysys.rollout.progress import step_seconds
 from raysys.rollout.reports import ReplicaReport, RolloutCounts
-from raysys.rollout.state import abort, promote
+from raysys.rollout.state import abort, advance, current_step, pause, rules_of
 from raysys.rollout.view import RolloutView
 from raysys.storage import Root
 
 REFRESH_INTERVAL_S = 1.0
 """Seconds between two looks at the ledger: an operator's abort takes no longer to be seen."""
-ACTOR = "controller"
+TELL_AGAIN_S = 3600.0
+"""A transition that is older than this, of a rollout that has ended, is no news any more."""
 
 _logger = logging.getLogger(__name__)
 
@@ -45,15 +50,22 @@ class Control:
     """Follows, counts and decides. For one event loop; ledger access runs in threads."""
 
     def __init__(
-        self, log: Log, config: RolloutConfig, *, clock: Callable[[], float] = time.time
+        self,
+        log: Log,
+        config: RolloutConfig,
+        *,
+        clock: Callable[[], float] = time.time,
+        notifier: Notifier | None = None,
     ) -> None:
         self._log = log
         self._config = config
         self._clock = clock
+        self._notifier = notifier
+        self._told: int | None = None
+        self._state = State()
         self._view: RolloutView | None = None
         self._changed = asyncio.Condition()
         self._counts: RolloutCounts | None = None
-        self._started_at = 0.0
         self._measurement: Measurement | None = None
         self._judged_at = -float("inf")
 
@@ -77,7 +89,7 @@ class Control:
         await self._follow(await asyncio.to_thread(self._log.refresh))
         if self._counts is not None and self._clock() - self._judged_at >= self._config.interval_s:
             self._judged_at = self._clock()
-            await self._judge(self._counts)
+            await self._judge(self._counts, self._state)
 
     async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
         """Returns the view as soon as it is newer than `known_sequence`; None after `timeout_s`."""
@@ -95,9 +107,9 @@ class Control:
         """Takes a replica's counts; returns the number of the first conversion to send next."""
         counts = self._counts
         if counts is None or counts.rollout_id != report.rollout_id:
-            return 0  # of a rollout that ended, or that is in the ledger but not here yet
+            return 0  # of a weight or rollout that ended, or that is not here yet
         if report.refusal is not None:
-            await self._write(counts.rollout_id, Decision(kind="rollback", reason=report.refusal))
+            await self._write(self._state, Decision(kind="rollback", reason=report.refusal))
         return counts.take(report)
 
     def measurement(self) -> dict[str, Any] | None:
@@ -107,48 +119,83 @@ class Control:
     async def _follow(self, state: State) -> None:
         view = RolloutView.of(state)
         known = self._view
-        if known and (view.sequence < known.sequence or view.says_the_same(known)):
+        if known and view.sequence < known.sequence:
             return
-        if view.canary is None or view.rollout_id is None:
+        self._state = state
+        if not (known and view.says_the_same(known)):
+            await self._adopt(view)
+        await self._tell(state)
+
+    async def _adopt(self, view: RolloutView) -> None:
+        if view.canary is None or view.analysis_id is None:
             self._counts = None
-        elif self._counts is None or self._counts.rollout_id != view.rollout_id:
-            assert state.rollout_started_at is not None
-            self._started_at = state.rollout_started_at
-            self._counts, self._measurement = RolloutCounts(view.rollout_id), None
+        elif self._counts is None or self._counts.rollout_id != view.analysis_id:
+            self._counts, self._measurement = RolloutCounts(view.analysis_id), None
         async with self._changed:
             self._view = view
             self._changed.notify_all()
 
-    async def _judge(self, counts: RolloutCounts) -> None:
-        self._measurement = judge(*counts.totals(), self._config)
-        age_s = self._clock() - self._started_at
-        await self._write(
-            counts.rollout_id, decide(self._measurement, age_s, self._config), self._measurement
+    async def _tell(self, state: State) -> None:
+        """Tells the webhook of transitions since the last time; replicas heard of them before.
+
+        A new controller does not know what its predecessor has told. It tells of the newest
+        transition once more if that may still be news; the `sequence` gives a repetition away.
+        """
+        last, told = state.rollout_sequence, self._told
+        if self._notifier is None or state.rollout is None or last == told:
+            return
+        if told is None:
+            at = state.rollout_changed_at
+            assert at is not None
+            if state.canary is not None or self._clock() - at < TELL_AGAIN_S:
+                self._notifier.tell(message(state.rollout, sequence=last, at=at))
+        else:
+            for entry in await asyncio.to_thread(self._entries, told, last):
+                if isinstance(entry.record, RolloutChanged):
+                    body = message(entry.record, sequence=entry.sequence, at=entry.at)
+                    self._notifier.tell(body)
+        self._told = last
+
+    def _entries(self, after: int, last: int) -> list[Entry]:
+        return list(itertools.islice(self._log.entries(after), last - after))
+
+    async def _judge(self, counts: RolloutCounts, state: State) -> None:
+        assert state.rollout is not None
+        rules = rules_of(state, self._config)
+        step = current_step(state, rules)
+        least = step.analysis.min_requests if step and step.analysis else None
+        self._measurement = judge(*counts.totals(), rules, min_requests=least)
+        decision = decide(
+            self._measurement,
+            phase=state.rollout.phase,
+            step=step,
+            step_s=step_seconds(state, self._clock()),
+            config=rules,
         )
+        await self._write(state, decision, self._measurement)
 
     async def _write(
-        self, rollout_id: str, decision: Decision, measurement: Measurement | None = None
+        self, decided_on: State, decision: Decision, measurement: Measurement | None = None
     ) -> None:
         if decision.kind == "wait":
             return
-        change = promote if decision.kind == "promote" else abort
+        change = {"advance": advance, "pause": pause, "rollback": abort}[decision.kind]
 
         def decide_anew(state: State) -> RolloutChanged | None:
-            if state.rollout is None or state.rollout.rollout_id != rollout_id:
+            # Whoever changed the rollout meanwhile prevails. If the decision is still due after
+            # that, the next look takes it.
+            if state.rollout_sequence != decided_on.rollout_sequence:
                 return None
             return change(
                 state,
-                actor=ACTOR,
+                actor=CONTROLLER,
                 reason=decision.reason,
                 measurement=measurement.to_json() if measurement else None,
             )
 
-        try:
-            entry = await asyncio.to_thread(self._log.transact, decide_anew)
-        except TransitionError:
-            entry = None  # somebody else ended this rollout: that is in the ledger and stands
+        entry = await asyncio.to_thread(self._log.transact, decide_anew)
         if entry is not None:
-            _logger.info("%s of %s: %s", decision.kind, rollout_id, decision.reason)
+            _logger.info("rollout: %s: %s", decision.kind, decision.reason)
         await self._follow(await asyncio.to_thread(self._log.refresh))
 
 
@@ -163,8 +210,13 @@ class RolloutController:
 
     def __init__(self, config_path: str) -> None:
         config = load_config(config_path)
-        self._control = Control(Log(Root(config.root)), config.rollout)
-        self._task = asyncio.get_running_loop().create_task(self._control.run())
+        rollout, loop = config.rollout, asyncio.get_running_loop()
+        notifier = None
+        if rollout.webhook_url is not None:
+            notifier = Notifier(rollout.webhook_url, timeout_s=rollout.webhook_timeout_s)
+            self._telling = loop.create_task(notifier.run())
+        self._control = Control(Log(Root(config.root)), rollout, notifier=notifier)
+        self._task = loop.create_task(self._control.run())
 
     async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
         """As `Control.wait_for_change`."""

@@ -13,8 +13,11 @@ from typing import Literal, Protocol
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-Outcome = Literal["ok", "slow", "failed", "canary_failed", "canary_not_loaded", "forced"]
+Outcome = Literal[
+    "ok", "slow", "failed", "canary_failed", "canary_invalid", "canary_not_loaded", "forced"
+]
 """How a request was answered. `canary_failed`: by stable, after the canary failed;
+`canary_invalid`: the same, after the canary gave scores that are no numbers;
 `canary_not_loaded`: by stable, since the canary is not resident yet; `forced`: by header."""
 
 LATENCY_BOUNDARIES_MS = [1, 2, 3, 5, 7.5, 10, 15, 25, 50, 75, 100, 150, 200, 300, 500, 1000, 2500]

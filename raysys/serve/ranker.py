@@ -69,7 +69,11 @@ LoadItemIds = Callable[[str], frozenset[str]]
 
 
 class ScoresError(Exception):
-    """A version gave scores that cannot be ranked by."""
+    """A version could not rank a request."""
+
+
+class InvalidScoresError(ScoresError):
+    """A version gave scores that cannot be ranked by: its weights or tables are broken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,14 +219,14 @@ def score(
     """Returns the version's scores, (num_candidates,).
 
     Raises:
-      ScoresError: They are of another number than the candidates, or not all finite.
+      InvalidScoresError: They are of another number than the candidates, or not all finite.
     """
     scores = version.score(history, candidates, now=now, query=query)
     if scores.shape != candidates.shape:
-        raise ScoresError(
+        raise InvalidScoresError(
             f"version {version.name} gave scores of shape {scores.shape} for "
             f"{len(candidates)} candidates"
         )
     if not np.isfinite(scores).all():
-        raise ScoresError(f"version {version.name} gave scores that are not finite")
+        raise InvalidScoresError(f"version {version.name} gave scores that are not finite")
     return scores

@@ -42,7 +42,7 @@ class RequestTag:
     """Of the user; of the request itself where it had none."""
     has_user: bool
     rollout_id: str | None
-    """The rollout that the request counts for, None if it counts for none."""
+    """The analysis that the request counts for (`RolloutView.analysis_id`), None if for none."""
     arm: Arm
     """The side of the split that the user is on, whichever version answered in the end."""
     bucket: int

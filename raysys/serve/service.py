@@ -29,7 +29,7 @@ from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import Metrics, Outcome
-from raysys.serve.ranker import ResidentVersions, ScoresError, Servable
+from raysys.serve.ranker import InvalidScoresError, ResidentVersions, ScoresError, Servable
 from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
@@ -95,7 +95,7 @@ class RankService:
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
         self._replica_id = replica_id
-        self._config = config
+        self._config = self._rules = config
         self._keys = keys
         self._impressions = impressions
         self._feedback = feedback
@@ -111,10 +111,11 @@ class RankService:
             return
         self.view = view
         self._keys.follow(view.user_key_id)
-        if view.canary is None or view.rollout_id is None:
+        self._rules = view.rules or self._config
+        if view.canary is None or view.analysis_id is None:
             self.tally = None
-        elif self.tally is None or self.tally.rollout_id != view.rollout_id:
-            self.tally = Tally(self._replica_id, view.rollout_id, self._config)
+        elif self.tally is None or self.tally.rollout_id != view.analysis_id:
+            self.tally = Tally(self._replica_id, view.analysis_id, self._rules)
 
     @property
     def is_ready(self) -> bool:
@@ -187,7 +188,7 @@ class RankService:
             surface=surface,
             pseudonym=key.chain.pseudonym(user),
             has_user=request.user_id is not None,
-            rollout_id=self.view.rollout_id if choice.is_counted else None,
+            rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
         )
@@ -256,7 +257,8 @@ class RankService:
         # Who has a key that leaked can sign, but must not vote for a version.
         counts = self.tally is not None and self.tally.rollout_id == tag.rollout_id
         if self.tally is not None and counts and not signed.is_outdated:
-            self.tally.converted(tag)
+            for event in request.events:
+                self.tally.converted(tag, event.event_type, event.rank)
         self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
         return FeedbackAnswer(accepted=len(rows))
 
@@ -327,11 +329,13 @@ class RankService:
     async def _rank_or_fall_back(self, task: Task, choice: _Choice) -> tuple[Ranking, Outcome]:
         try:
             return await self._rank_with(choice.version, task), choice.outcome
-        except ScoresError:
+        except ScoresError as error:
             if choice.fallback is None:
                 raise
             _logger.exception("stable answers a request in the canary's place")
-            return await self._rank_with(choice.fallback, task), "canary_failed"
+            invalid = isinstance(error, InvalidScoresError)
+            outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
+            return await self._rank_with(choice.fallback, task), outcome
 
     async def _rank_with(self, version: Servable, task: Task) -> Ranking:
         def check(chosen: Chosen) -> None:
@@ -362,11 +366,16 @@ class RankService:
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000
-        if outcome == "ok" and latency_ms > self._config.latency_slo_ms:
+        if outcome == "ok" and latency_ms > self._rules.latency_slo_ms:
             outcome = "slow"
         is_bad = outcome not in ("ok", "forced", "canary_not_loaded")
         if self.tally is not None and self.tally.rollout_id == tag.rollout_id:
-            self.tally.answered(tag, bad=is_bad)
+            self.tally.answered(
+                tag,
+                bad=is_bad,
+                invalid=outcome == "canary_invalid",
+                latency_ms=latency_ms if outcome in ("ok", "slow") else None,
+            )
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )

@@ -24,6 +24,7 @@ from raysys.ledger.records import Record, SelectionSpend, StepsPermitted
 from raysys.privacy import budget
 from raysys.privacy.accounting import statement
 from raysys.privacy.composed import Composed
+from raysys.rollout.state import advance
 from raysys.storage import Root
 from tests.helpers import SPEND, abandoned, committed, partition, started, write_config
 from tests.update_shop import contents
@@ -365,7 +366,9 @@ class TestRollout:
         append(root, *TWO_VERSIONS)
         canary = body(config, "rollout", "start", "v0002-bbbbbb", "--weight", "0.3")
         assert canary["phase"] == "canary" and canary["weight_fraction"] == 0.3
-        assert body(config, "rollout", "status") == canary
+        shown = body(config, "rollout", "status")
+        shown["waits_for"] = canary["waits_for"]  # tells the seconds that are left
+        assert shown == canary
         assert "canary     v0002-bbbbbb with 30.00% of users" in text(config, "rollout", "status")
         done = body(config, "rollout", "promote", "--reason", "looks good")
         assert done["stable"] == "v0002-bbbbbb" and done["previous"] == "v0001-aaaaaa"
@@ -383,6 +386,39 @@ class TestRollout:
         shown = text(local_config, "rollout", "abort")
         assert "stable     v0001-aaaaaa" in shown and "rolled_back by operator" in shown
 
+    def test_steps_pauses_and_approval_are_shown_and_steered(
+        self, tmp_path: Path, local_root: Root
+    ) -> None:
+        steps = "[{set_weight: 0.05}, {analysis: {}}, {set_weight: 0.5}, {pause: {}}]"
+        rules = f"rollout:\n  require_approval: true\n  steps: {steps}\n"
+        config = write_config(tmp_path, local_root.uri, rules)
+        append(local_root, *TWO_VERSIONS)
+        body(config, "rollout", "start", "v0002-bbbbbb")
+        shown = text(config, "rollout", "status")
+        assert "at         step 2 of 4, analysis: waits for evidence, for 86" in shown
+        paused = body(config, "rollout", "pause", "--reason", "a sale is on")
+        assert (paused["phase"], paused["reason"]) == ("paused", "a sale is on")
+        assert "cannot pause: rollout r0001" in refusal(config, "rollout", "pause")
+        assert body(config, "rollout", "resume")["phase"] == "canary"
+        assert "cannot resume: rollout r0001" in refusal(config, "rollout", "resume")
+        Log(local_root).transact(lambda s: advance(s, actor="controller", reason="good"))
+        assert "step 4 of 4, pause until resumed" in text(config, "status")
+        done = body(config, "rollout", "resume")
+        assert (done["phase"], done["doing"]) == ("paused", "all steps done")
+        assert done["waits_for"] == "approval by `raysys rollout resume`"
+        assert body(config, "rollout", "resume")["phase"] == "promoted"
+        assert body(config, "rollout", "status")["step"] is None
+
+    def test_a_file_that_changes_meanwhile_changes_nothing_for_a_running_rollout(
+        self, tmp_path: Path, local_root: Root
+    ) -> None:
+        append(local_root, *TWO_VERSIONS)
+        config = write_config(tmp_path, local_root.uri, "")
+        body(config, "rollout", "start", "v0002-bbbbbb")
+        steps = "[{set_weight: 0.05}, {pause: {}}, {analysis: {}}]"
+        config = write_config(tmp_path, local_root.uri, f"rollout:\n  steps: {steps}\n")
+        assert body(config, "rollout", "status")["num_steps"] == 2
+
     def test_status_without_any_rollout_names_the_first_version(
         self, local_config: Path, local_root: Root
     ) -> None:
@@ -398,6 +434,8 @@ class TestRollout:
             pytest.param(("start", "v0002-bbbbbb", "--weight", "2"), "(0, 1), got 2", id="weight"),
             pytest.param(("promote",), "cannot promote: there is no rollout", id="promote"),
             pytest.param(("abort",), "cannot abort: there is no rollout", id="abort"),
+            pytest.param(("pause",), "cannot pause: there is no rollout", id="pause"),
+            pytest.param(("resume",), "cannot resume: there is no rollout", id="resume"),
         ],
     )
     def test_what_cannot_be_is_one_line_and_writes_nothing(
@@ -416,6 +454,8 @@ COMMANDS = [
     ("versions",),
     ("rollout", "status"),
     ("rollout", "start", "v0001-aaaaaa"),
+    ("rollout", "pause"),
+    ("rollout", "resume"),
     ("rollout", "promote"),
     ("rollout", "abort"),
 ]

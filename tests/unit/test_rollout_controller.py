@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raysys.config import RolloutConfig
+from raysys.config import Analysis, Pause, RolloutConfig, Step
 from raysys.errors import StorageUnavailableError
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, RolloutChanged
@@ -17,7 +20,7 @@ from raysys.ledger.state import State
 from raysys.rollout.controller import Control
 from raysys.rollout.counters import VersionCounters
 from raysys.rollout.reports import Conversion, ReplicaReport
-from raysys.rollout.state import abort, promote, start
+from raysys.rollout.state import abort, pause, promote, resume, start
 from raysys.storage import Root
 from tests.helpers import FakeClock, committed, started
 
@@ -40,8 +43,8 @@ class Shop:
     def append(self, record: Record) -> None:
         self.log.transact(lambda state: record)
 
-    def start(self) -> None:
-        self.log.transact(lambda s: start(s, "v2", weight_fraction=0.2, actor="operator"))
+    def start(self, rules: RolloutConfig | None = None) -> None:
+        self.log.transact(lambda s: start(s, "v2", rules=rules, actor="operator"))
 
     @property
     def rollout(self) -> RolloutChanged:
@@ -67,21 +70,13 @@ def report(
 
     def spread(total: int) -> Any:
         counts = VersionCounters.zeros().num_requests
-        counts += total // 100
+        counts[1] += total // 100
         return counts
 
-    canary = VersionCounters(
-        num_requests=spread(requests),
-        num_bad=spread(bad),
-        num_matured=spread(requests),
-        num_converted=spread(0),
+    canary = VersionCounters.of(
+        num_requests=spread(requests), num_bad=spread(bad), num_matured=spread(requests)
     )
-    stable = VersionCounters(
-        num_requests=spread(requests),
-        num_bad=spread(0),
-        num_matured=spread(requests),
-        num_converted=spread(0),
-    )
+    stable = VersionCounters.of(num_requests=spread(requests), num_matured=spread(requests))
     conversions = [Conversion(f"c{i}", "canary", i % 100) for i in range(converted)]
     conversions += [Conversion(f"s{i}", "stable", i % 100) for i in range(800)]
     return ReplicaReport(
@@ -240,6 +235,185 @@ def test_a_long_poll_returns_with_the_change_and_not_before(shop: Shop) -> None:
         assert (found.canary, found.weight_fraction, found.rollout_id) == ("v2", 0.2, "r0001")
 
     asyncio.run(poll())
+
+
+RAMP = RolloutConfig(
+    min_requests=200,
+    interval_s=2.0,
+    deadline_s=600.0,
+    steps=(
+        Step(set_weight=0.05),
+        Step(pause=Pause(duration_s=100)),
+        Step(set_weight=0.2),
+        Step(analysis=Analysis()),
+    ),
+)
+
+
+def transitions(shop: Shop) -> list[tuple[str, int, float]]:
+    records = [entry.record for entry in shop.log.entries()]
+    return [
+        (record.phase, record.step_index, record.weight_fraction)
+        for record in records
+        if isinstance(record, RolloutChanged)
+    ]
+
+
+WHOLE_RAMP = [("canary", 1, 0.05), ("canary", 3, 0.2), ("promoted", 3, 0.0)]
+
+
+def test_the_steps_of_the_plan_are_done_in_their_time(local_root: Root) -> None:
+    shop = Shop(local_root, RAMP)
+    shop.start(RAMP)
+    asyncio.run(observe(shop))
+    shop.clock.advance(90)
+    asyncio.run(observe(shop))
+    assert transitions(shop) == WHOLE_RAMP[:1]
+    shop.clock.advance(10)
+    asyncio.run(observe(shop))
+    assert transitions(shop) == WHOLE_RAMP[:2]
+    asyncio.run(observe(shop, report(rollout_id="r0001-1")))
+    assert transitions(shop) == WHOLE_RAMP
+
+
+def test_traffic_of_an_earlier_weight_does_not_count_for_a_later_one(local_root: Root) -> None:
+    shop = Shop(local_root, RAMP)
+    shop.start(RAMP)
+    shop.clock.advance(100)
+    asyncio.run(observe(shop, report()))
+    asyncio.run(observe(shop, report()))
+    assert transitions(shop) == WHOLE_RAMP[:2]
+
+
+def test_a_fresh_controller_continues_a_pause_with_what_is_left_of_it(local_root: Root) -> None:
+    shop = Shop(local_root, RAMP)
+    shop.start(RAMP)
+    for _ in range(9):
+        shop.clock.advance(8)
+        shop.control = Control(Log(shop.root, clock=shop.clock), RAMP, clock=shop.clock)
+        asyncio.run(observe(shop))
+    assert transitions(shop) == WHOLE_RAMP[:1]
+    shop.clock.advance(10)
+    shop.control = Control(Log(shop.root, clock=shop.clock), RAMP, clock=shop.clock)
+    asyncio.run(observe(shop))
+    assert transitions(shop) == WHOLE_RAMP[:2]
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+class Doomed:
+    """A log whose process dies before or after its n-th effect."""
+
+    def __init__(self, log: Log, dies_at: int, *, after: bool) -> None:
+        self._log, self._dies_at, self._after = log, dies_at, after
+        self._num_effects = 0
+
+    def refresh(self) -> State:
+        return self._effect(self._log.refresh)
+
+    def transact(self, decide: Any) -> Any:
+        return self._effect(lambda: self._log.transact(decide))
+
+    def entries(self, after: int = 0) -> Any:
+        return self._effect(lambda: self._log.entries(after))
+
+    def _effect(self, act: Callable[[], Any]) -> Any:
+        self._num_effects += 1
+        is_last = self._num_effects == self._dies_at
+        if is_last and not self._after:
+            raise Killed
+        found = act()
+        if is_last:
+            raise Killed
+        return found
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_a_controller_that_dies_at_any_effect_decides_nothing_twice(
+    local_root: Root, every: int, after: bool
+) -> None:
+    """Each life dies at one of its effects; reading, deciding and reading again are effects."""
+    shop = Shop(local_root, RAMP)
+    shop.start(RAMP)
+    num_lives = 0
+    for second in range(400):
+        log: Any = Log(shop.root, clock=shop.clock)
+        if second % 3:  # a third of the lives are whole, so that something gets done at all
+            log = Doomed(log, every, after=after)
+        shop.control = Control(log, RAMP, clock=shop.clock)
+        num_lives += 1
+        with contextlib.suppress(Killed):
+            asyncio.run(observe(shop, report(rollout_id="r0001-1")))
+        if shop.rollout.phase != "canary":
+            break
+    assert num_lives > 40
+    assert transitions(shop) == WHOLE_RAMP
+
+
+def test_a_pause_by_a_person_holds_and_a_proven_fault_still_rolls_back(shop: Shop) -> None:
+    shop.start()
+    shop.log.transact(lambda s: pause(s, actor="operator", reason="a sale is on"))
+    asyncio.run(observe(shop, report()))
+    shop.clock.advance(9999)
+    asyncio.run(observe(shop))
+    assert (shop.rollout.phase, shop.rollout.weight_fraction) == ("paused", 0.2)
+    shop.log.transact(lambda s: resume(s, actor="operator", reason="over"))
+    asyncio.run(observe(shop))
+    assert shop.rollout.phase == "promoted"
+
+
+def test_a_paused_canary_that_is_proven_worse_is_rolled_back(shop: Shop) -> None:
+    shop.start()
+    shop.log.transact(lambda s: pause(s, actor="operator", reason="a sale is on"))
+    asyncio.run(observe(shop, report(bad=400)))
+    assert shop.rollout.phase == "rolled_back"
+
+
+def test_a_missed_deadline_may_pause_and_a_resume_gives_the_time_again(local_root: Root) -> None:
+    config = dataclasses.replace(CONFIG, on_deadline="pause")
+    shop = Shop(local_root, config)
+    shop.start(config)
+    shop.clock.advance(600)
+    asyncio.run(observe(shop))
+    assert (shop.rollout.phase, shop.rollout.weight_fraction) == ("paused", 0.2)
+    assert "still inconclusive after 60" in shop.rollout.reason
+    shop.log.transact(lambda s: resume(s, actor="operator", reason="once more"))
+    shop.clock.advance(590)
+    asyncio.run(observe(shop))
+    assert shop.rollout.phase == "canary"
+
+
+def test_the_rules_of_the_start_judge_and_not_those_of_the_day(shop: Shop) -> None:
+    shop.start(dataclasses.replace(CONFIG, max_bad_rate_increase=0.5, require_approval=True))
+    asyncio.run(observe(shop, report(bad=400)))
+    assert shop.rollout.phase == "paused"
+    assert shop.rollout.measurement is not None
+    assert shop.rollout.measurement["phase"] == "successful"
+
+
+def test_an_operator_who_pauses_while_the_controller_decides_prevails(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.start()
+
+    async def race() -> None:
+        await shop.control.step()
+        await shop.control.report(report())
+        shop.clock.advance(2)
+        transact = shop.control._log.transact
+
+        def late(decide: Any) -> Any:
+            shop.log.transact(lambda s: pause(s, actor="operator", reason="wait"))
+            return transact(decide)
+
+        monkeypatch.setattr(shop.control._log, "transact", late)
+        await shop.control.step()
+
+    asyncio.run(race())
+    assert (shop.rollout.phase, shop.rollout.actor) == ("paused", "operator")
 
 
 def test_lease_records_wake_no_replica(shop: Shop) -> None:

@@ -84,7 +84,10 @@ def test_a_failing_canary_is_counted_as_bad_and_stable_answers(
         assert replica.service.tally is not None
         report = replica.service.tally.report(time.time())
     assert (report.canary.num_bad.sum(), report.stable.num_requests.sum()) == (1, 0)
-    assert replica.metrics.outcomes == [(STABLE, "canary_failed")]
+    is_invalid = fault is not raising
+    assert report.canary.num_invalid.sum() == is_invalid
+    outcome = "canary_invalid" if is_invalid else "canary_failed"
+    assert replica.metrics.outcomes == [(STABLE, outcome)]
 
 
 def test_a_canary_that_lost_items_is_counted_as_bad_and_stable_answers(local_root: Root) -> None:

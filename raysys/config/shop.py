@@ -15,6 +15,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
@@ -47,6 +48,8 @@ class Config:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
+    shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
     retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
     ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
     rules: tuple[RuleConfig, ...] = ()

@@ -38,7 +38,7 @@ from raysys.rollout.view import RolloutView
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import RayMetrics
+from raysys.serve.metrics import RayMetrics, controller_metrics
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
 from raysys.serve.schema import (
@@ -263,9 +263,9 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     root = Root(config.root)
     log, metrics = Log(root), RayMetrics()
     impressions = EventWriter(
-        root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
+        root, "impressions", interval_s=args.impressions_interval_s, metrics=metrics
     )
-    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s, metrics=metrics)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
     shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
@@ -279,6 +279,8 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        sample_fraction=config.impressions.sample_fraction,
+        shadow=config.shadow,
         shelves=shelves,
         reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
@@ -311,6 +313,6 @@ def build(args: Mapping[str, Any]) -> Application:
     parsed = RankerArgs.model_validate(args)
     load_config(parsed.config)
     # Serve's decorators are typed to return the class; what they return has `bind`.
-    controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
+    controller = RolloutController.bind(parsed.config, controller_metrics)  # type: ignore[attr-defined]
     application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
     return application

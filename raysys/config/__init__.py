@@ -9,6 +9,7 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 shop.py     all sections together
 data.py     what an update reads and makes of it
 model.py    how the ranker is trained, kept private, judged and rolled out
+replica.py  what a replica may take: threads, memory, time
 tune.py     which hyperparameters are tried, and how that is charged
 load.py     YAML -> Config
 """
@@ -32,6 +33,7 @@ from raysys.config.model import (
     RolloutConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
@@ -48,6 +50,7 @@ __all__ = [
     "PartitionConfig",
     "PrivacyConfig",
     "PseudonymConfig",
+    "ReplicaConfig",
     "RolloutConfig",
     "SchemaConfig",
     "TrainConfig",

@@ -23,6 +23,7 @@ from raysys.config.model import (
     RolloutConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
@@ -44,6 +45,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from fastapi.testclient import TestClient
 
-from raysys.config import RolloutConfig
-from raysys.ingest.features import UserHistory
+from raysys.config import RetrievalConfig, RolloutConfig, RuleConfig
+from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
@@ -26,20 +26,38 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shelf import Shelves
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
 
 
-class FakeItems:
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.ids = list(ids)
+CATEGORY_OF = {"apple": "fruit", "bread": "bakery", "cheese": "dairy", "dates": "fruit"}
+BRANDS = ("acme", "umbra")
+HALF_LIFE_S = 28 * 86_400.0
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def index_of(self, item_id: str) -> int | None:
-        return self.ids.index(item_id) if item_id in self.ids else None
+def item_table(ids: Sequence[str], **changes: Any) -> ItemTable:
+    """Items of 1, 2, 3 ... in price, of two brands in turn; the last is the most popular."""
+    category_of = [CATEGORY_OF.get(i, "other") for i in ids]
+    categories = list(dict.fromkeys(category_of))
+    num = len(ids)
+    values: dict[str, Any] = {
+        "ids": list(ids),
+        "texts": list(map(", ".join, zip(ids, category_of, strict=True))),
+        "category": np.array(
+            [categories.index(CATEGORY_OF.get(i, "other")) for i in ids], np.int32
+        ),
+        "category_names": tuple(categories),
+        "brand": np.arange(num, dtype=np.int32) % 2,
+        "brand_names": BRANDS,
+        "price": np.arange(1, num + 1, dtype=np.float32),
+        "popularity": np.arange(num, dtype=np.float32),
+        "trend": np.zeros(num, np.float32),
+        "as_of": 0.0,
+        "half_life_s": HALF_LIFE_S,
+    }
+    return ItemTable(**{**values, **changes})
 
 
 class FakeVersion:
@@ -48,7 +66,7 @@ class FakeVersion:
     def __init__(
         self,
         name: str,
-        items: Sequence[str] = ITEMS,
+        items: Sequence[str] | ItemTable = ITEMS,
         *,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
         golden: Exception | None = None,
@@ -56,38 +74,58 @@ class FakeVersion:
     ) -> None:
         self.name = name
         self.user_key_id = user_key_id
-        self.items: Any = FakeItems(items)
+        self.items = items if isinstance(items, ItemTable) else item_table(items)
+        self.text_of_item = np.arange(len(self.items), dtype=np.int32)
+        self.text_vectors = np.eye(len(self.items), dtype=np.float32)
         self._score = score
         self._golden = golden
         self.users: list[str] = []
         self.queries: list[str | None] = []
+        self.known: set[str] = set()
+        self.encoder_runtime = "onnx"
         self.times: list[float] = []
 
     def history(self, user: str) -> UserHistory:
         self.users.append(user)
         return UserHistory.empty()
 
-    def history_of(self, item_ids: Sequence[str], now: float) -> Any:
-        return [self.items.index_of(item) for item in item_ids]
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory:
+        items = self.items.indexes_of(item_ids)
+        ones = np.ones(len(items))
+        return UserHistory.empty().extend(
+            items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
+        )
+
+    @property
+    def encoder_key(self) -> str:
+        return self.name
 
     def knows_query(self, query: str) -> bool:
-        return query in self.queries
+        return query in self.known
+
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        self.known.update(queries)
+
+    def embed_query(self, query: str) -> np.ndarray:
+        """Nearest to the item that the query names, then to its neighbours in the catalogue."""
+        place = self.items.index_of(query.split()[0]) or 0
+        vector = 1 / (1 + np.abs(np.arange(len(self.items)) - place))
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
 
     def score(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> np.ndarray:
         self.queries.append(query)
         self.times.append(now)
         scores = -candidates.astype(np.float32)
-        if isinstance(history, list):
-            scores += 100 * np.isin(candidates, history)
+        scores += 100 * np.isin(candidates, history.items)
         return self._score(scores) if self._score else scores
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
 
     def explain(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> dict[str, np.ndarray]:
         """What the user knows is `repeat`, the rest is the place in the catalogue."""
         scores = self.score(history, candidates, now=now, query=query)
@@ -165,6 +203,9 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        rules: Sequence[RuleConfig] = (),
+        retrieval: RetrievalConfig | None = None,
+        reserve: float = 0.0,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -184,6 +225,8 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            shelves=Shelves(retrieval or RetrievalConfig(), rules),
+            reserve=reserve,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)

@@ -6,12 +6,14 @@
 Every job takes `--config FILE`, and the Serve application reads the same file, so that an update
 and the replicas that serve it cannot disagree. Unknown keys are errors, units are in the names.
 
-shop.py     all sections together
-data.py     what an update reads and makes of it
-model.py    how the ranker is trained, kept private, judged and rolled out
-replica.py  what a replica may take: threads, memory, time
-tune.py     which hyperparameters are tried, and how that is charged
-load.py     YAML -> Config
+shop.py       all sections together
+data.py       what an update reads and makes of it
+model.py      how the ranker is trained, kept private, judged and rolled out
+replica.py    what a replica may take: threads, memory, time
+tune.py       which hyperparameters are tried, and how that is charged
+retrieval.py  how candidates are found, and what an ad has to be worth
+rules.py      what the shop wants of rankings whatever the model says
+load.py       YAML -> Config
 """
 
 from raysys.config.data import (
@@ -34,11 +36,23 @@ from raysys.config.model import (
     TrainConfig,
 )
 from raysys.config.replica import ReplicaConfig
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rules import (
+    BlockRule,
+    BoostRule,
+    CategoryCapRule,
+    PinRule,
+    RuleConfig,
+)
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "AdsConfig",
+    "BlockRule",
+    "BoostRule",
+    "CategoryCapRule",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",
@@ -48,10 +62,13 @@ __all__ = [
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
     "ReplicaConfig",
+    "RetrievalConfig",
     "RolloutConfig",
+    "RuleConfig",
     "SchemaConfig",
     "TrainConfig",
     "TuneConfig",

@@ -24,6 +24,8 @@ from raysys.config.model import (
     TrainConfig,
 )
 from raysys.config.replica import ReplicaConfig
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
@@ -47,6 +49,9 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
+    rules: tuple[RuleConfig, ...] = ()
 
     def __post_init__(self) -> None:
         require(

@@ -125,6 +125,9 @@ class ItemTable:
     """(N,) log ratio of the newest period to the average, in [-1, 1]; 0 where unknown."""
     as_of: float
     half_life_s: float
+    category_names: tuple[str, ...] = ()
+    """By code."""
+    brand_names: tuple[str, ...] = ()
     _index: dict[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:

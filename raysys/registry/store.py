@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -45,6 +46,8 @@ from raysys.storage.parquet import to_parquet
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a golden score: matrix kernels differ a little between processors."""
 NUM_GOLDEN_CANDIDATES = 50
+ODD_QUERY = "Cr\u00e8me FRA\u00ceCHE, 2 x 200 g \N{GRINNING FACE}"
+"""A golden query that tells tokenizers apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +101,23 @@ class LoadedVersion:
             half_life_s=self.items.half_life_s,
         )
 
+    @property
+    def text_vectors(self) -> FloatArray:
+        """(M, d) normalised embeddings of the catalogue's distinct texts."""
+        return self._weights.text
+
+    @property
+    def text_of_item(self) -> IndexArray:
+        """(N,) row in `text_vectors` of each item's text."""
+        return self._text_of_item
+
     def knows_query(self, query: str) -> bool:
         """Whether `score` needs no encoder for this query."""
         return self.encoder.knows(query)
+
+    def embed_query(self, query: str) -> FloatArray:
+        """Returns the normalised embedding of a search, (d,)."""
+        return self.encoder.embed(query)
 
     def embed_queries(self, queries: Sequence[str]) -> None:
         """Has `score` know these queries. Blocking, some ms for each."""
@@ -190,8 +207,8 @@ class LoadedVersion:
         ids = self.items.ids
         step = max(len(ids) // NUM_GOLDEN_CANDIDATES, 1)
         some = ids[::step][:NUM_GOLDEN_CANDIDATES]
-        queries = [None, self.items.texts[0]]
-        requests = [
+        queries = [None, self.items.texts[0], ODD_QUERY]
+        requests: list[dict[str, object]] = [
             {
                 "history": some[i : i + 3],
                 "candidates": some,
@@ -200,7 +217,11 @@ class LoadedVersion:
             }
             for i, query in enumerate(queries)
         ]
-        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+        for request, query in zip(requests, queries, strict=True):
+            request["scores"] = self._golden_scores(request).tolist()
+            if query is not None:
+                request["embedding"] = self.embed_query(query).tolist()
+        return requests
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None
@@ -211,7 +232,7 @@ class LoadedVersion:
         return head_inputs(
             features(history, self.items, candidates, now=now),
             None if pooled is None else text @ pooled,
-            text @ self.encoder.embed(query) if query else None,
+            text @ self.embed_query(query) if query else None,
         )
 
     def _golden_scores(self, request: Mapping[str, object]) -> FloatArray:
@@ -323,9 +344,20 @@ def load_version(
     manifest, weights = load_weights(root, record)
     golden = json.loads(root.read_bytes(version_path(manifest.version, "golden.json")))
     encoder = (encoders or Encoders()).of(
-        manifest, weights.adapted_weights, weights.texts, weights.text
+        manifest, weights.adapted_weights, *_recorded(golden, weights)
     )
     return _assemble(root, manifest, weights, golden, record.user_key_id, encoder)
+
+
+def _recorded(
+    golden: Sequence[Mapping[str, Any]], weights: VersionWeights
+) -> tuple[list[str], FloatArray]:
+    """Returns texts and the embeddings (M, d) that training recorded of them."""
+    requests = [request for request in golden if "embedding" in request]
+    if not requests:  # of a version of an earlier raysys
+        return weights.texts, weights.text
+    embeddings = np.array([request["embedding"] for request in requests], np.float32)
+    return [request["query"] for request in requests], embeddings
 
 
 def read_checked(root: Root, path: str, expected: str) -> bytes:

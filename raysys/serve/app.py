@@ -11,11 +11,13 @@ what a Serve config imports. New model versions never touch that config: replica
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,22 +27,27 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 import raysys
-from raysys.config import load_config
+from raysys.config import Config, load_config
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.stats import load_item_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
+from raysys.registry.encoders import Encoders
 from raysys.registry.store import load_version
 from raysys.rollout.controller import RolloutController
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
+from raysys.serve.check_process import ChildCheck
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import RayMetrics
+from raysys.serve.queries import QueryBatcher
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
 from raysys.serve.schema import (
+    AdsAnswer,
+    AdsRequest,
     ApiError,
     ErrorAnswer,
     FeedbackAnswer,
@@ -48,11 +55,16 @@ from raysys.serve.schema import (
     HealthAnswer,
     RankAnswer,
     RankRequest,
+    RecommendAnswer,
+    RecommendRequest,
     RolloutAnswer,
+    SearchAnswer,
+    SearchRequest,
     VersionsAnswer,
     describe,
 )
 from raysys.serve.service import RankService
+from raysys.serve.shelf import Shelves
 from raysys.storage import Root
 
 LoadVersion = Callable[[Root, UpdateCommitted], Servable]
@@ -60,6 +72,9 @@ LoadVersion = Callable[[Root, UpdateCommitted], Servable]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
 }
+
+
+ForcedVersion = Annotated[str | None, Header()]
 
 
 def create_api(replica: Replica) -> FastAPI:
@@ -85,12 +100,27 @@ def create_api(replica: Replica) -> FastAPI:
 
 
 def _add_ranking(app: FastAPI, service: RankService) -> None:
-    @app.post("/v1/rank")
-    async def rank(
-        request: RankRequest, x_raysys_version: Annotated[str | None, Header()] = None
-    ) -> RankAnswer:
+    @app.post("/v1/rank", response_model=RankAnswer)
+    async def rank(request: RankRequest, x_raysys_version: ForcedVersion = None) -> Response:
         """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
-        return await service.rank(request, x_raysys_version)
+        return _json(await service.rank(request, x_raysys_version))
+
+    @app.post("/v1/search", response_model=SearchAnswer)
+    async def search(request: SearchRequest, x_raysys_version: ForcedVersion = None) -> Response:
+        """Finds items by a query, and ranks them for a user."""
+        return _json(await service.search(request, x_raysys_version))
+
+    @app.post("/v1/recommend", response_model=RecommendAnswer)
+    async def recommend(
+        request: RecommendRequest, x_raysys_version: ForcedVersion = None
+    ) -> Response:
+        """Chooses items for a user or a history, and ranks them; without either, popular ones."""
+        return _json(await service.recommend(request, x_raysys_version))
+
+    @app.post("/v1/ads", response_model=AdsAnswer)
+    async def ads(request: AdsRequest, x_raysys_version: ForcedVersion = None) -> Response:
+        """Ranks ads by their probability times their bid, those that reach the reserve."""
+        return _json(await service.ads(request, x_raysys_version))
 
     @app.post("/v1/feedback")
     async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
@@ -160,6 +190,10 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": " ".join(message.split())}, status)
 
 
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
 class _ControllerHandle:
     """`follower.Controller` by way of Serve."""
 
@@ -213,7 +247,7 @@ class Ranker:
         self,
         args: RankerArgs,
         controller: DeploymentHandle[RolloutController],
-        load: LoadVersion = load_version,
+        load: LoadVersion | None = None,
     ) -> None:
         self._replica = open_replica(args, _ControllerHandle(controller), load)
 
@@ -221,8 +255,13 @@ class Ranker:
         return create_api(self._replica)
 
 
-def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) -> Replica:
+def open_replica(
+    args: RankerArgs, controller: Controller, load: LoadVersion | None = None
+) -> Replica:
     """Puts a replica together from a shop's config.
+
+    Args:
+      load: `registry.store.load_version` if left out, whose versions share one encoder.
 
     Raises:
       ConfigError: The config, or a key that it names, is missing or not valid.
@@ -235,32 +274,54 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     )
     feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
+    shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
-        versions=ResidentVersions(
-            lambda name: load_named(name, root, log, keys, load),
-            lambda update_id: load_item_ids(root, update_id),
-        ),
+        versions=open_versions(config, root, log, keys, shelves, load),
         keys=keys,
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        shelves=shelves,
+        reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
     )
-    return Replica(service, Follower(service, log, controller), impressions, feedback)
+    # Half a million objects of torch, Ray and the version live as long as the replica. Looking
+    # through them for garbage takes 0.3 s, in which nothing else of the process runs.
+    follower = Follower(service, log, controller, on_first_version=gc.freeze)
+    return Replica(service, follower, impressions, feedback)
 
 
-def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
-    """Loads a committed version.
+def open_versions(
+    config: Config, root: Root, log: Log, keys: Keys, shelves: Shelves, load: LoadVersion | None
+) -> ResidentVersions:
+    """Returns the versions of a replica, none of them loaded yet."""
+    own = config.replica
+    encoders = Encoders(num_threads=own.encoder_threads, max_cached_queries=own.max_cached_queries)
+    load_here = load or functools.partial(load_version, encoders=encoders)
+    return ResidentVersions(
+        lambda name: shelves.prepare(load_here(root, named(name, log, keys))),
+        lambda update_id: load_item_ids(root, update_id),
+        check_apart=ChildCheck(
+            lambda name: (load or load_version, root, named(name, log, keys)),
+            timeout_s=own.check_timeout_s,
+            max_bytes=own.check_max_bytes,
+        ),
+        queries=QueryBatcher(max_batch=own.max_query_batch, wait_s=own.query_wait_ms / 1000),
+    )
+
+
+def named(name: str, log: Log, keys: Keys) -> UpdateCommitted:
+    """Returns the commit of a version.
 
     Raises:
       MissingKeyError: This replica has not got its user key yet, so it would find no history.
-      RaysysError: As `load`.
+      RaysysError: The ledger cannot be read.
     """
     record = log.refresh().versions[name]
     keys.of(record.user_key_id)
-    return load(root, record)
+    return record
 
 
 def build(args: Mapping[str, Any]) -> Application:

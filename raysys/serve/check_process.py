@@ -2,8 +2,8 @@
 
     ResidentVersions -> ChildCheck.run() -> python -m raysys.serve.check -> passed, or an error
 
-The replica only waits: for the child's end, its time and its memory. It looks at both from a thread,
-20 times a second, and so at most 50 ms of allocation come on top of the limit.
+The replica only waits: for the child's end, its time or its memory. A thread looks 20 times a
+second, and so what the child allocates in 50 ms comes on top of the limit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import ray.cloudpickle
 from raysys.errors import StorageUnavailableError, VersionCheckError
 from raysys.ledger.records import UpdateCommitted
 from raysys.serve.check import CheckResult
+from raysys.serve.ranker import Servable
 from raysys.storage import Root
 
 _POLL_S = 0.05
@@ -33,20 +35,22 @@ _SPARE_S = 5
 """The child ends itself so long after its time, should nobody have ended it."""
 _MAX_ANSWER_BYTES = 65_536
 
+Job = tuple[Callable[[Root, UpdateCommitted], Servable], Root, UpdateCommitted]
+"""How to load a version. The function goes to the child by name, or by value where it has none."""
+JobOf = Callable[[str], Job]
+
 
 class ChildCheck:
     """Checks versions, each in a new process."""
 
-    def __init__(self, *, timeout_s: float, max_bytes: int) -> None:
+    def __init__(self, job_of: JobOf, *, timeout_s: float, max_bytes: int) -> None:
+        self._job_of = job_of
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._is_stopped = threading.Event()
 
-    def run(self, load: Any, root: Root, record: UpdateCommitted) -> None:
+    def run(self, name: str) -> None:
         """Returns once a version has passed. Blocking, for seconds.
-
-        Args:
-          load: `app.LoadVersion`; goes to the child by name, or by value where it has none.
 
         Raises:
           VersionCheckError: It did not pass: by what it answered, crashed, or took.
@@ -54,7 +58,7 @@ class ChildCheck:
         """
         with tempfile.TemporaryFile() as job:
             limit_s = math.ceil(self._timeout_s) + _SPARE_S
-            job.write(ray.cloudpickle.dumps((limit_s, load, root, record)))
+            job.write(_pickled((limit_s, *self._job_of(name))))
             job.seek(0)
             process = _start(job)
         assert process.stdout is not None
@@ -83,8 +87,7 @@ class ChildCheck:
                 return
             if time.monotonic() > deadline:
                 raise VersionCheckError(
-                    f"its check took longer than {self._timeout_s:g} s "
-                    "(replica.check_timeout_s)"
+                    f"its check took longer than {self._timeout_s:g} s (replica.check_timeout_s)"
                 )
             used = resident_bytes(process.pid)
             if used > self._max_bytes:
@@ -94,6 +97,11 @@ class ChildCheck:
                 )
             if self._is_stopped.is_set():
                 raise StorageUnavailableError("the replica stops before the check has ended")
+
+
+def _pickled(job: Any) -> bytes:
+    data: bytes = ray.cloudpickle.dumps(job)  # type: ignore[no-untyped-call]
+    return data
 
 
 def _start(job: Any) -> subprocess.Popen[bytes]:

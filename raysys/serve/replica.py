@@ -35,6 +35,7 @@ class Replica:
 
     async def stop(self) -> None:
         """Writes the events that wait, and ends the background tasks."""
+        self.service.versions.stop()
         for writer in self._writers:
             writer.close()
         await asyncio.gather(*self._tasks)

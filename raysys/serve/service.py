@@ -10,7 +10,6 @@ cannot cost the shop a request.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import math
@@ -18,28 +17,34 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
-
 from raysys.config import RolloutConfig
+from raysys.partitions.schema import Surface
 from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
-from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
-from raysys.serve.keys import Key, Keys
+from raysys.serve.answer import Ranking, Task, rank_with, render
+from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended, Selection
+from raysys.serve.checks import check_candidates, check_filters, check_found
+from raysys.serve.feedback import EventWriter, feedback_rows
+from raysys.serve.impressions import Impressions
+from raysys.serve.keys import Keys
 from raysys.serve.metrics import Metrics, Outcome
-from raysys.serve.ranker import ResidentVersions, ScoresError, Servable, rank_order, score
+from raysys.serve.ranker import ResidentVersions, ScoresError, Servable
 from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
+    AdsRequest,
+    AnyRequest,
     ApiError,
     FeedbackAnswer,
     FeedbackRequest,
-    RankAnswer,
-    RankedItem,
     RankRequest,
+    RecommendRequest,
     ResidentVersion,
+    SearchRequest,
     VersionsAnswer,
     name_some,
 )
+from raysys.serve.shelf import Shelves
 from raysys.serve.tally import Tally
 
 NO_VIEW = RolloutView(
@@ -66,13 +71,6 @@ class _Choice:
     """If all goes well."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Ranked:
-    version: Servable
-    ranking: list[RankedItem]
-    unknown: list[str]
-
-
 class RankService:
     """Answers requests with the resident versions. For one event loop."""
 
@@ -86,6 +84,8 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        shelves: Shelves,
+        reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -99,6 +99,8 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._shelves = shelves
+        self._reserve = reserve
         self._max_ts_age_s = max_ts_age_s
         self._clock = clock
 
@@ -125,16 +127,50 @@ class RankService:
             resident=[version.name for version in self.versions.all()],
         )
 
-    async def rank(self, request: RankRequest, forced_version: str | None = None) -> RankAnswer:
-        """Ranks the candidates of a request.
+    async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
+        """Ranks the caller's candidates; returns a `RankAnswer` as JSON.
 
         Args:
           forced_version: Name of the version that is to answer; the request is not counted then.
 
         Raises:
-          ApiError: 404 the forced version is not resident, 422 unknown candidates, 500 no version
-            could score, 503 no version is loaded.
+          ApiError: 404 the forced version is not resident, 422 unknown candidates or filters, 500
+            no version could score, 503 no version is loaded. So of all four endpoints.
         """
+        return await self._answer(
+            request, forced_version, Given(request.candidates), request.surface, request.query
+        )
+
+    async def search(self, request: SearchRequest, forced_version: str | None = None) -> bytes:
+        """Finds items by a query and ranks them; returns a `SearchAnswer` as JSON."""
+        check_filters(request.filters, self.versions)
+        return await self._answer(
+            request, forced_version, Found(filters=request.filters), "search", request.query
+        )
+
+    async def recommend(
+        self, request: RecommendRequest, forced_version: str | None = None
+    ) -> bytes:
+        """Chooses items for a user and ranks them; returns a `RecommendAnswer` as JSON."""
+        check_filters(request.filters, self.versions)
+        selection = Recommended(filters=request.filters, exclude_seen=request.exclude_seen)
+        return await self._answer(request, forced_version, selection, "recommend", None)
+
+    async def ads(self, request: AdsRequest, forced_version: str | None = None) -> bytes:
+        """Ranks ads by probability times bid; returns an `AdsAnswer` as JSON."""
+        reserve = self._reserve if request.reserve is None else request.reserve
+        return await self._answer(
+            request, forced_version, GivenAds(request.candidates, reserve), "ads", request.query
+        )
+
+    async def _answer(
+        self,
+        request: AnyRequest,
+        forced_version: str | None,
+        selection: Selection,
+        surface: Surface,
+        query: str | None,
+    ) -> bytes:
         started, now = time.perf_counter(), self._clock()
         self._check_ts(request.ts, now)
         nonce = new_nonce()
@@ -147,27 +183,42 @@ class RankService:
             nonce=nonce,
             answered_at=now,
             version=choice.version.name,
-            surface=request.surface,
+            surface=surface,
             pseudonym=key.chain.pseudonym(user),
             has_user=request.user_id is not None,
             rollout_id=self.view.rollout_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
         )
+        task = Task(
+            selection=selection,
+            surface=surface,
+            query=query or None,
+            k=request.k,
+            explain=request.explain,
+            when=now if request.ts is None else request.ts,
+            user=user,
+            history=request.history,
+        )
         try:
-            ranked, outcome = await self._rank_or_fall_back(request, user, choice, now)
+            ranking, outcome = await self._rank_or_fall_back(task, choice)
         except ScoresError as error:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
-        tag = dataclasses.replace(tag, version=ranked.version.name)
-        answer = RankAnswer(
-            request_id=key.request_ids.sign(tag),
-            version=tag.version,
-            ranking=ranked.ranking,
-            unknown_candidates=ranked.unknown,
+        tag = dataclasses.replace(tag, version=ranking.version)
+        request_id = key.request_ids.sign(tag)
+        self._impressions.add(
+            Impressions(
+                tag=tag,
+                request_id=request_id,
+                item_ids=ranking.item_ids,
+                ts=task.when,
+                query=query,
+                user_key_id=key.key_id,
+            )
         )
-        self._add_impressions(answer, tag, key, request, now)
+        answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
         self._count(tag, outcome, started)
         return answer
 
@@ -184,7 +235,7 @@ class RankService:
             # The id is not shown: it may be a user's that was sent by mistake.
             raise ApiError(
                 404,
-                "request_id: is not the id of an answer; send the request_id that POST /v1/rank "
+                "request_id: is not the id of an answer; send the request_id that the items were "
                 "answered with",
             )
         tag, key = signed.tag, signed.key
@@ -229,6 +280,7 @@ class RankService:
                 version=version.name,
                 roles=[role for role, name in roles.items() if name == version.name],
                 num_items=len(version.items),
+                encoder=version.encoder_runtime,
             )
             for version in self.versions.all()
         ]
@@ -272,81 +324,40 @@ class RankService:
             )
         return _Choice(version=version, outcome="forced")
 
-    async def _rank_or_fall_back(
-        self, request: RankRequest, user: str, choice: _Choice, now: float
-    ) -> tuple[_Ranked, Outcome]:
+    async def _rank_or_fall_back(self, task: Task, choice: _Choice) -> tuple[Ranking, Outcome]:
         try:
-            return await self._rank_with(choice.version, request, user, now), choice.outcome
+            return await self._rank_with(choice.version, task), choice.outcome
         except ScoresError:
             if choice.fallback is None:
                 raise
             _logger.exception("stable answers a request in the canary's place")
-            return await self._rank_with(choice.fallback, request, user, now), "canary_failed"
+            return await self._rank_with(choice.fallback, task), "canary_failed"
 
-    async def _rank_with(
-        self, version: Servable, request: RankRequest, user: str, now: float
-    ) -> _Ranked:
-        places = {item: version.items.index_of(item) for item in request.candidates}
-        unknown = [item for item, place in places.items() if place is None]
-        if unknown:
-            self._check_unknown(version, unknown, len(places))
-        known = [item for item, place in places.items() if place is not None]
-        candidates = np.array([place for place in places.values() if place is not None], np.int32)
-        when = now if request.ts is None else request.ts
+    async def _rank_with(self, version: Servable, task: Task) -> Ranking:
+        def check(chosen: Chosen) -> None:
+            check_candidates(chosen, version, self.versions, self.view)
 
-        def scores_of() -> list[RankedItem]:
+        def ranked() -> Ranking:
             history = (
                 # Its histories may be of an earlier key than the current one, or of a later.
-                version.history(self._keys.of(version.user_key_id).chain.pseudonym(user))
-                if request.history is None
-                else version.history_of(request.history, when)
+                version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
+                if task.history is None
+                else version.history_of(task.history, task.when)
             )
-            scores = score(version, history, candidates, when, request.query or None)
-            order = rank_order(known, scores)[: request.k]
-            return [
-                RankedItem(item_id=known[i], score=float(scores[i]), rank=rank)
-                for rank, i in enumerate(order, 1)
-            ]
+            shelf = self._shelves.of(version)
+            return rank_with(version, shelf, task, history, check)
 
         try:
-            if request.query and not version.knows_query(request.query):
-                ranking = await asyncio.to_thread(scores_of)  # the text encoder takes its time
-            else:
-                ranking = scores_of()
-        except ScoresError:
+            if task.query:
+                await self.versions.ready(version, task.query)  # the text encoder takes its time
+            ranking = ranked()
+            if not isinstance(task.selection, Given):
+                check_found(ranking.item_ids, version, self.versions, self.view)
+        except (ScoresError, ApiError):
             raise
         except Exception as error:
             raise ScoresError(f"version {version.name} could not score the request") from error
-        return _Ranked(version=version, ranking=ranking, unknown=unknown)
-
-    def _check_unknown(self, version: Servable, unknown: list[str], num_candidates: int) -> None:
-        """Tells the caller's mistake, the version's fault, and an item that is newer than it."""
-        nowhere = [item for item in unknown if not self.versions.is_known(item)]
-        if nowhere or (len(unknown) == num_candidates and version.name != self.view.canary):
-            raise ApiError(
-                422,
-                f"candidates: {name_some(nowhere or unknown)} are not in the catalogue of version "
-                f"{version.name}; leave them out until an update has read their item rows",
-            )
-        stable = self.versions.get(self.view.stable)
-        if version.name == self.view.canary and stable is not None:
-            lost = [item for item in unknown if stable.items.index_of(item) is not None]
-            if lost:
-                raise ScoresError(f"canary {version.name} lacks items of stable: {name_some(lost)}")
-
-    def _add_impressions(
-        self, answer: RankAnswer, tag: RequestTag, key: Key, request: RankRequest, now: float
-    ) -> None:
-        self._impressions.add(
-            impression_rows(
-                tag,
-                answer.request_id,
-                answer.ranking,
-                ts=now if request.ts is None else request.ts,
-                query=request.query,
-                user_key_id=key.key_id,
-            )
-        )
+        return ranking
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000

@@ -171,6 +171,28 @@ def test_versions_in_one_process_share_its_encoder(
     assert load_version(local_root, record).knows_query("w5") is False, "another process"
 
 
+def test_onnx_runtime_has_to_embed_golden_queries_as_training_recorded(
+    publish_version: Publish, local_root: Root
+) -> None:
+    """Of an earlier version, which recorded none, it has to embed texts as they are stored."""
+
+    def with_embedding(change: Callable[[list[float]], list[float]] | None) -> str:
+        def changed(data: bytes) -> bytes:
+            requests = json.loads(data)
+            for request in requests:
+                vector = request.pop("embedding", None)
+                if change and vector:
+                    request["embedding"] = change(vector)
+            return json.dumps(requests).encode()
+
+        record = rewritten(local_root, publish_version(), "golden.json", changed)
+        return load_version(local_root, record).encoder_runtime
+
+    assert with_embedding(lambda vector: vector) == "onnx"
+    assert with_embedding(None) == "onnx"
+    assert with_embedding(lambda vector: [value + 2e-4 for value in vector]) == "torch"
+
+
 def test_users_with_different_histories_get_different_scores(
     publish_version: Publish, local_root: Root, histories: pl.DataFrame
 ) -> None:

@@ -122,7 +122,8 @@ def test_an_answer_ranks_the_candidates_best_first(client: TestClient) -> None:
     assert set(answer) == {"request_id", "version", "ranking", "unknown_candidates"}
     assert answer["version"] == STABLE
     assert order(answer) == ["apple", "cheese", "dates"]
-    assert answer["ranking"][0] == {"item_id": "apple", "score": 0.0, "rank": 1}
+    first = answer["ranking"][0]
+    assert (first["item_id"], first["score"], first["probability"]) == ("apple", 0.0, 0.5)
     assert answer["unknown_candidates"] == []
 
 
@@ -546,7 +547,7 @@ def test_a_request_id_that_was_not_signed_here_is_a_404(client: TestClient, chan
     forged = request_id.replace(".user.", ".-.", 1) + change if not change else request_id + change
     body = {"request_id": forged, "events": [{"event_type": "click", "item_id": "apple"}]}
     response = client.post("/v1/feedback", json=body)
-    assert "send the request_id that POST /v1/rank answered with" in error_of(response, 404)
+    assert "send the request_id that the items were answered with" in error_of(response, 404)
 
 
 def test_feedback_of_another_user_is_refused(client: TestClient) -> None:

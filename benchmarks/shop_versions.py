@@ -28,7 +28,8 @@ from raysys.ingest.shard_state import shard_path
 from raysys.ingest.stats import ItemState, release, save_item_state, upsert
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateStarted
-from raysys.model.encoder import BUNDLED, BUNDLED_SHA256, load_encoder, resolve_encoder
+from raysys.model.encoder import load_encoder
+from raysys.model.encoder_files import BUNDLED, BUNDLED_SHA256, resolve_encoder
 from raysys.model.scorer import Head
 from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA

@@ -3,8 +3,8 @@
     Manifest, VersionWeights -> Encoders.of() -> VersionEncoder.embed(query) -> (d,)
 
 A version's encoder runs on ONNX Runtime if that gives the embeddings of its golden queries that
-training recorded, and otherwise with torch. Embeddings of queries are kept by the encoder's matrices
-and the query: versions of one encoder share them, and the cache is bounded for all versions together.
+training recorded, and otherwise with torch. Embeddings of queries are kept by the matrices of the
+encoder and the query: versions of one encoder share them, and one bound holds for all versions.
 
 Shape suffixes: M = queries, d = width of the encoder.
 """

@@ -8,7 +8,9 @@ and the replicas that serve it cannot disagree. Unknown keys are errors, units a
 
 shop.py       all sections together
 data.py       what an update reads and makes of it
-model.py      how the ranker is trained, kept private, judged and rolled out
+model.py      how the ranker is trained, kept private and judged
+rollout.py    how a canary is put on trial on live traffic
+impressions.py  what replicas keep of what they show, and compare in the shadow
 replica.py    what a replica may take: threads, memory, time
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
@@ -25,18 +27,19 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
-from raysys.config.load import load_config, parse_config, with_values
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
+from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
     EvaluateConfig,
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
 from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.rules import (
     BlockRule,
     BoostRule,
@@ -50,6 +53,7 @@ from raysys.config.tune import TuneConfig
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
     "AdsConfig",
+    "Analysis",
     "BlockRule",
     "BoostRule",
     "CategoryCapRule",
@@ -57,11 +61,13 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
+    "Pause",
     "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
@@ -70,9 +76,12 @@ __all__ = [
     "RolloutConfig",
     "RuleConfig",
     "SchemaConfig",
+    "ShadowConfig",
+    "Step",
     "TrainConfig",
     "TuneConfig",
     "load_config",
     "parse_config",
+    "parse_rollout",
     "with_values",
 ]

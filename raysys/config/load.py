@@ -16,6 +16,7 @@ import yaml
 
 from raysys.config.checks import require
 from raysys.config.data import PseudonymConfig
+from raysys.config.rollout import RolloutConfig
 from raysys.config.shop import Config
 from raysys.errors import ConfigError
 
@@ -60,6 +61,17 @@ def parse_config(raw: object) -> Config:
                 with_values(config, {key: value})
             except ConfigError as error:
                 raise ConfigError(f"tune.space.{key}: {error}") from error
+    return config
+
+
+def parse_rollout(rules: Mapping[str, object]) -> RolloutConfig:
+    """Builds the rules of a rollout from what the ledger keeps of them.
+
+    Raises:
+      ConfigError: They are not of this release.
+    """
+    config = _build(RolloutConfig, rules, "rollout.")
+    assert isinstance(config, RolloutConfig)
     return config
 
 

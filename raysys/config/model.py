@@ -1,4 +1,4 @@
-"""The ranker: how it is trained, kept private, judged and rolled out."""
+"""The ranker: how it is trained, kept private and judged."""
 
 from __future__ import annotations
 
@@ -201,34 +201,3 @@ class GateConfig:
         check(self, "gate", AT_LEAST_1, "min_holdout_users")
         drop = self.max_ndcg10_drop
         require(0 <= drop < 1, "gate.max_ndcg10_drop", drop, "in [0, 1)")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutConfig:
-    """How a canary is judged on live traffic."""
-
-    weight_fraction: float = 0.2
-    """Share of users that a new canary answers."""
-    min_requests: int = 200
-    """Answered requests of each version below which a look is inconclusive."""
-    interval_s: float = 2.0
-    """Seconds between two looks at the counters."""
-    latency_slo_ms: float = 200.0
-    """A slower answer counts as bad, as a failed one does. Measured at the replica."""
-    max_bad_rate_increase: float = 0.02
-    """Tolerated canary minus stable rate of bad answers."""
-    max_conversion_drop: float = 0.05
-    """Tolerated stable minus canary conversion rate."""
-    error_probability: float = 0.05
-    """Chance that any look of one rollout ever errs, however often one looks."""
-    deadline_s: float = 86_400.0
-    """A canary that is still inconclusive after this is rolled back."""
-    feedback_delay_s: float = 0.0
-    """A request counts for conversion only once it is this old (label maturity)."""
-
-    def __post_init__(self) -> None:
-        check(self, "rollout", FRACTION, "weight_fraction", "max_bad_rate_increase")
-        check(self, "rollout", FRACTION, "max_conversion_drop", "error_probability")
-        check(self, "rollout", AT_LEAST_1, "min_requests")
-        check(self, "rollout", POSITIVE, "interval_s", "latency_slo_ms", "deadline_s")
-        check(self, "rollout", NOT_NEGATIVE, "feedback_delay_s")

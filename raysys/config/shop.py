@@ -15,16 +15,17 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
     ModelConfig,
     PrivacyConfig,
-    RolloutConfig,
     TrainConfig,
 )
 from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
+from raysys.config.rollout import RolloutConfig
 from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
@@ -49,6 +50,8 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
+    shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
     retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
     ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
     rules: tuple[RuleConfig, ...] = ()

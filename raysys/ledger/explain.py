@@ -75,6 +75,11 @@ def _changed(record: RolloutChanged) -> str:
             f"{record.actor} put {record.canary} on trial with {record.weight_fraction:.2%} of "
             f"users, beside {record.stable}"
         )
+    if record.phase == "paused":
+        return (
+            f"{record.actor} paused {record.canary} at {record.weight_fraction:.2%} of users, "
+            f"beside {record.stable}"
+        )
     if record.phase == "promoted":
         return f"{record.actor} made {record.stable} stable"
     return f"{record.actor} ended the trial, {record.stable} answers everyone"

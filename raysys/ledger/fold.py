@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raysys.errors import LedgerCorruptError
 from raysys.ledger import rules
 from raysys.ledger.records import (
+    CONTROLLER,
     Entry,
     FileRef,
     KeptLoss,
@@ -88,6 +89,9 @@ class Draft:
     rollout: RolloutChanged | None
     rollout_started_at: float | None
     rollout_changed_at: float | None
+    rollout_sequence: int
+    rollout_step_s: float
+    rollout_rules: Mapping[str, Any] | None
     rolled_back: set[str]
 
     def __init__(self, state: State) -> None:
@@ -228,7 +232,7 @@ def _change(draft: Draft, entry: Entry) -> None:
         case UpdateCommitted() as record:
             _commit(draft, record)
         case RolloutChanged() as record:
-            _roll(draft, record, entry.at)
+            _roll(draft, record, entry)
 
 
 def charge_if_abandoned(active: ActiveUpdate) -> PrivacySpend | None:
@@ -301,7 +305,7 @@ def _charge(draft: Draft, update_id: str, spent: PrivacySpend | None, status: Sp
         draft.spends[place] = (update_id, spent or reserved, status)
 
 
-def _roll(draft: Draft, record: RolloutChanged, at: float) -> None:
+def _roll(draft: Draft, record: RolloutChanged, entry: Entry) -> None:
     if record.phase == "rolled_back" and draft.rollout and draft.rollout.canary:
         draft.rolled_back.add(draft.rollout.canary)
     if record.phase == "promoted":
@@ -311,9 +315,24 @@ def _roll(draft: Draft, record: RolloutChanged, at: float) -> None:
         draft.rolled_back -= kept
     if draft.rollout is None or draft.rollout.rollout_id != record.rollout_id:
         draft.num_rollouts += 1
-        draft.rollout_started_at = at
-    draft.rollout_changed_at = at
+        draft.rollout_started_at = entry.at
+        draft.rollout_rules = record.rules
+    draft.rollout_step_s = _step_s(draft, record, entry.at)
+    draft.rollout_changed_at, draft.rollout_sequence = entry.at, entry.sequence
     draft.rollout = record
+
+
+def _step_s(draft: Draft, record: RolloutChanged, at: float) -> float:
+    """Returns how long the step of a record had run, 0 if the record enters it."""
+    before, since = draft.rollout, draft.rollout_changed_at
+    if before is None or since is None or before.rollout_id != record.rollout_id:
+        return 0.0
+    if before.step_index != record.step_index:
+        return 0.0
+    if before.phase == "paused":
+        # Who resumes what the controller paused gives it the whole time again.
+        return 0.0 if before.actor == CONTROLLER else draft.rollout_step_s
+    return draft.rollout_step_s + max(0.0, at - since)
 
 
 def _line(draft: Draft, version: str | None) -> set[str]:

@@ -3,12 +3,14 @@
     update:   UpdateStarted -> LeaseRenewed* -> UpdateCommitted | UpdateAbandoned
     rotation: UpdateStarted of no partition -> LeaseRenewed* -> PseudonymsRotated | UpdateAbandoned
     private:  StepsPermitted* beside the renewals, each before the steps that it permits
-    rollout:  RolloutChanged (canary) -> RolloutChanged (promoted | rolled_back)
+    rollout:  RolloutChanged (canary) -> RolloutChanged (canary | paused)*
+              -> RolloutChanged (promoted | rolled_back)
 
-Every record carries `schema_version`; an older one still reads. Version 3 added spends that name
-disjoint users and selections. Since version 2 a record ends with a hash of itself (`seal.py`) and
-carries that of the record before it as `prev`, so that a record that was changed after it was
-written gives itself away. Times are UNIX seconds, UTC. Keys and paths are relative to the root.
+Every record carries `schema_version`; an older one still reads. Version 4 added the steps of a
+rollout, version 3 spends that name disjoint users and selections. Since version 2 a record ends
+with a hash of itself (`seal.py`) and carries that of the record before it as `prev`, so that a
+record that was changed after it was written gives itself away. Times are UNIX seconds, UTC. Keys
+and paths are relative to the root.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from raysys.errors import LedgerCorruptError
 from raysys.ledger.codec import Reviver, class_reviver
 from raysys.ledger.seal import broken_seal, digest, seal
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 KEPT_LOSSES = "ledger/privacy"
 """The folder of what `KeptLoss` names."""
 
 Verdict = Literal["passed", "held"]
-RolloutPhase = Literal["canary", "promoted", "rolled_back"]
+RolloutPhase = Literal["canary", "paused", "promoted", "rolled_back"]
+CONTROLLER = "controller"
+"""The actor of the transitions that nobody asked for."""
 SetAsideKind = Literal["late", "rewritten", "vanished", "empty"]
 
 
@@ -283,9 +287,17 @@ class RolloutChanged:
     weight_fraction: float
     """Share of users that the canary answers; 0 once there is none."""
     actor: str
-    """`operator` or `controller`."""
+    """Who: `CONTROLLER`, `operator` on the command line, or the holder of an API token."""
     reason: str
     measurement: Mapping[str, Any] | None
+    step_index: int = 1
+    """The pause or analysis that the rollout is at, from 0 among its steps; their number once all
+    are done. Before version 4 there was one weight, 0, and one analysis, 1."""
+    stage: int = 0
+    """Weights that this rollout had before this one: the traffic of each is judged by itself."""
+    rules: Mapping[str, Any] | None = None
+    """What judges the rollout, in its first record; `config.parse_rollout` reads it. None before
+    version 4: it is judged by the config of the day."""
 
 
 Record = (

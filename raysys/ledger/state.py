@@ -12,6 +12,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from raysys.ledger import rules
 from raysys.ledger.fold import ActiveUpdate, Draft, SpendStatus
@@ -77,6 +78,12 @@ class State:
     """UNIX time of the first transition of that rollout."""
     rollout_changed_at: float | None = None
     """UNIX time of the last one."""
+    rollout_sequence: int = 0
+    """Ledger record of the last one."""
+    rollout_step_s: float = 0.0
+    """Seconds that its step had run at the last one, without the pauses that people made."""
+    rollout_rules: Mapping[str, Any] | None = None
+    """What judges that rollout, None before schema version 4."""
     rolled_back: frozenset[str] = frozenset()
     """Versions that were taken out of traffic: rolled back on trial, or undone by the promotion of
     one that they descend from. A version that is promoted later is sound again, and its line."""

@@ -2,38 +2,44 @@
 
     VersionCounters x 2 -> judge() -> Measurement -> policy.decide()
 
-Two questions: do more requests go bad (fail, or answer late), and do fewer convert? Each gets
-bounds for "canary minus stable" that hold over all looks together, so one may look every second and
-act on the first clear answer. Requests of one user are correlated, which is measured and paid for.
+Do more requests go bad (fail, or answer late)? Do fewer lead to a click, or to a purchase? Do the
+chosen items stand lower? Is the canary slow, or broken? Each question gets bounds that hold over
+all looks together, so one may look every second and act on the first clear answer.
 
-How the error probability is spent. A canary that is harmless can only be failed wrongly, and
-either question could do so: each may with half of the probability. A canary beyond tolerance can
-only be passed wrongly, and both questions must agree to pass it: each has the whole of it (an
-intersection-union test, Berger 1982). So a rollout ends wrongly with at most that probability.
-
-Suffixes: _c = canary, _s = stable.
+How the error probability is spent. A canary that is harmless can only be failed wrongly, and any
+question at any weight of the rollout could do so: they share the probability (`_SHARES`, split
+evenly over the weights). A canary beyond tolerance can only be passed wrongly, and all questions
+that a pass asks must agree: each has the whole of it (an intersection-union test, Berger 1982). So
+a rollout ends wrongly with at most that probability.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from raysys.config import RolloutConfig
-from raysys.rollout.bounds import (
-    cluster_variance,
-    design_effect,
-    drift_margin,
-    rate_lower_bound,
-    rate_upper_bound,
+from raysys.rollout.counters import SURFACES, VersionCounters
+from raysys.rollout.questions import (
+    P99,
+    Difference,
+    Mean,
+    compare_p99,
+    mean_difference,
+    rate_increase,
 )
-from raysys.rollout.counters import Counts, VersionCounters
 
 AnalysisPhase = Literal["successful", "failed", "inconclusive"]
 
 MIN_USER_BUCKETS = 30
-"""Buckets with matured requests, of each version, that the conversion bounds need: they rest on
-sums over users being about normal, and 30 buckets are about 36 users or more."""
+"""Buckets with matured requests, of each version, that bounds of means need: they rest on sums over
+users being about normal, and 30 buckets are about 36 users or more."""
+MIN_RANKED = 100
+"""Answers with an outcome of known rank, of each version, that NDCG is compared on."""
+_SHARES = {"bad": 1 / 3, "ctr": 1 / 3, "conversion": 1 / 12, "ndcg": 1 / 12, "p99": 1 / 12}
+_SURFACE_SHARE = 1 / 12 / (3 * len(SURFACES))
+"""Of each question about one surface: bad, CTR, conversion."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,27 +52,21 @@ class VersionTotals:
     num_converted: int
     num_user_buckets: int
     """Buckets of users that have matured requests."""
+    num_invalid: int = 0
+    num_clicked: int = 0
 
     @classmethod
-    def of(cls, counters: VersionCounters) -> VersionTotals:
-        """Sums counters over the buckets."""
+    def of(cls, counters: VersionCounters, surface: int | slice = slice(None)) -> VersionTotals:
+        """Sums counters over the buckets, and over all surfaces or of one."""
         return cls(
-            num_requests=int(counters.num_requests.sum()),
-            num_bad=int(counters.num_bad.sum()),
-            num_matured=int(counters.num_matured.sum()),
-            num_converted=int(counters.num_converted.sum()),
-            num_user_buckets=int((counters.num_matured > 0).sum()),
+            num_requests=int(counters.num_requests[surface].sum()),
+            num_bad=int(counters.num_bad[surface].sum()),
+            num_matured=int(counters.num_matured[surface].sum()),
+            num_converted=int(counters.num_converted[surface].sum()),
+            num_user_buckets=int(_buckets(counters.num_matured[surface])),
+            num_invalid=int(counters.num_invalid[surface].sum()),
+            num_clicked=int(counters.num_clicked[surface].sum()),
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """A rate of the canary minus that of stable."""
-
-    estimate: float
-    low: float
-    high: float
-    """Each bound holds over all looks; the module's docstring says with which probability."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,147 +82,316 @@ class Measurement:
     """None until both versions answered something."""
     conversion_difference: Difference | None
     """None until both versions have enough matured requests and users."""
+    ctr_difference: Difference | None = None
+    """The same."""
+    ndcg_difference: Difference | None = None
+    """None until both versions also have enough outcomes of known rank."""
+    p99: P99 | None = None
+    """None until both versions have enough answers."""
+    surfaces: dict[str, dict[str, VersionTotals]] = dataclasses.field(default_factory=dict)
+    """Surface -> `canary` and `stable`, of those that have traffic."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns what the ledger and the API keep of it: finite numbers, text and None."""
         return dataclasses.asdict(self)
 
 
-def judge(canary: VersionCounters, stable: VersionCounters, config: RolloutConfig) -> Measurement:
-    """Judges all traffic of one rollout so far.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Look:
+    """Both versions' counters, and what the judge makes of them."""
 
-    FAILED: the canary's bad rate is proven to exceed stable's by more than tolerated (from the
-    first requests on: this bound needs no minimum), or its conversion is proven to be lower and
-    not proven to be within tolerance. SUCCESSFUL: both are proven to be within tolerance, on at
-    least `config.min_requests` requests of each version. Otherwise INCONCLUSIVE.
+    canary: VersionCounters
+    stable: VersionCounters
+    config: RolloutConfig
+    min_requests: int
+
+    def to_fail(self, share: float) -> float:
+        return self.config.error_probability * share / self.config.num_stages
+
+    def totals(self, surface: int | slice = slice(None)) -> tuple[VersionTotals, VersionTotals]:
+        return VersionTotals.of(self.canary, surface), VersionTotals.of(self.stable, surface)
+
+
+def judge(
+    canary: VersionCounters,
+    stable: VersionCounters,
+    config: RolloutConfig,
+    *,
+    min_requests: int | None = None,
+) -> Measurement:
+    """Judges all traffic that one weight of a rollout had so far.
+
+    FAILED: an answer's scores were no numbers; or the canary's bad rate is proven to exceed
+    stable's by more than tolerated (these from the first requests on); or its p99 is proven to be
+    over the limit; or its CTR, conversion or NDCG is proven to be lower and not proven to be within
+    tolerance; or a surface with enough traffic fails by bad rate, CTR or conversion. SUCCESSFUL:
+    bad rate, CTR and conversion are proven to be within tolerance, and the observed p99 is, on at
+    least `min_requests` requests of each version. Otherwise INCONCLUSIVE.
+
+    Args:
+      canary: Counts since the rollout got its present weight.
+      stable: The same, over the same time.
+      config: Thresholds.
+      min_requests: Instead of the config's.
     """
-    totals_c, totals_s = VersionTotals.of(canary), VersionTotals.of(stable)
-    bad = _bad_rate_increase(canary, stable, config)
-    missing = _missing(totals_c, totals_s, config)
-    conversion = None if missing else _conversion_difference(canary, stable, config)
-    phase, reason = _verdict(totals_c, totals_s, bad, conversion, missing, config)
-    return Measurement(
-        phase=phase,
-        reason=reason,
+    look = _Look(
+        canary=canary,
+        stable=stable,
+        config=config,
+        min_requests=config.min_requests if min_requests is None else min_requests,
+    )
+    totals_c, totals_s = look.totals()
+    found = Measurement(
+        phase="inconclusive",
+        reason="",
         canary=totals_c,
         stable=totals_s,
-        bad_rate_increase=bad,
-        conversion_difference=conversion,
+        bad_rate_increase=_bad(look, slice(None), _SHARES["bad"]),
+        conversion_difference=None,
+        surfaces=_surfaces(look),
     )
+    if few := _missing(look, "num_requests", "answered {} requests"):
+        return _decided(found, *_without_minimum(look, found, few))
+    found = dataclasses.replace(found, p99=_p99(look))
+    if few := _missing(look, "num_matured", "has {} requests old enough to judge"):
+        return _decided(found, *_without_outcomes(look, found, few))
+    found = dataclasses.replace(
+        found,
+        ctr_difference=_outcome(look, "num_clicked", slice(None), _SHARES["ctr"]),
+        conversion_difference=_outcome(look, "num_converted", slice(None), _SHARES["conversion"]),
+        ndcg_difference=_ndcg(look),
+    )
+    return _decided(found, *_verdict(look, found))
 
 
-def _bad_rate_increase(
-    canary: VersionCounters, stable: VersionCounters, config: RolloutConfig
-) -> Difference | None:
-    bad_c, n_c = _independent_counts(canary.num_bad, canary.num_requests)
-    bad_s, n_s = _independent_counts(stable.num_bad, stable.num_requests)
-    if min(n_c, n_s) == 0:
+def _decided(found: Measurement, phase: AnalysisPhase, reason: str) -> Measurement:
+    return dataclasses.replace(found, phase=phase, reason=reason)
+
+
+def _without_minimum(look: _Look, found: Measurement, few: str) -> tuple[AnalysisPhase, str]:
+    """What needs no minimum of requests: a broken canary shows at once."""
+    most = look.config.max_invalid
+    if found.canary.num_invalid > most:
+        return "failed", (
+            f"{found.canary.num_invalid} of {found.canary.num_requests} canary answers had scores "
+            f"that are no numbers, tolerated are {most} (rollout.max_invalid)"
+        )
+    bad = found.bad_rate_increase
+    if bad is not None and bad.low > look.config.max_bad_rate_increase:
+        return "failed", _describe_bad(look, bad)
+    return "inconclusive", few
+
+
+def _without_outcomes(look: _Look, found: Measurement, few: str) -> tuple[AnalysisPhase, str]:
+    """What is known before any request has matured."""
+    phase, reason = _without_minimum(look, found, few)
+    if phase == "failed":
+        return phase, reason
+    if found.p99 is not None and found.p99.is_exceeded:
+        return "failed", _describe_p99(found.p99)
+    for surface in _sliced(look, "num_requests"):
+        bad = _bad(look, surface, _SURFACE_SHARE) if _looks_bad(look, surface) else None
+        if bad is not None and bad.low > look.config.max_bad_rate_increase:
+            return "failed", _describe_bad(look, bad, surface)
+    return phase, reason
+
+
+def _verdict(look: _Look, found: Measurement) -> tuple[AnalysisPhase, str]:
+    phase, reason = _without_outcomes(look, found, "")
+    if phase == "failed":
+        return phase, reason
+    for difference, described, tolerance in _outcomes(look, found):
+        if _is_proven_drop(difference, tolerance):
+            return "failed", described
+    config, bad = look.config, found.bad_rate_increase
+    assert bad is not None, "there are requests"
+    if bad.high > config.max_bad_rate_increase:
+        return "inconclusive", _describe_bad(look, bad)
+    p99 = found.p99
+    if p99 is not None and p99.limit_ms is not None and p99.canary_ms > p99.limit_ms:
+        return "inconclusive", _describe_p99(p99)
+    return _pass_by_outcomes(look, found)
+
+
+def _pass_by_outcomes(look: _Look, found: Measurement) -> tuple[AnalysisPhase, str]:
+    ctr, conversion = found.ctr_difference, found.conversion_difference
+    assert ctr is not None and conversion is not None, "nothing is missing"
+    if ctr.low <= -look.config.tolerated_ctr_drop:
+        return "inconclusive", _describe_outcome(look, ctr, "num_clicked")
+    tolerated = conversion.low > -look.config.max_conversion_drop
+    has_purchases = found.canary.num_converted or found.stable.num_converted
+    described = (
+        _describe_outcome(look, conversion, "num_converted")
+        if has_purchases and not tolerated
+        else _describe_outcome(look, ctr, "num_clicked")
+    )
+    return ("successful" if tolerated else "inconclusive"), described
+
+
+def _outcomes(look: _Look, found: Measurement) -> Iterator[tuple[Difference, str, float]]:
+    """Each difference in what came of the answers, how it is told, and what is tolerated."""
+    config = look.config
+    for name, tolerance, whole in (
+        ("num_clicked", config.tolerated_ctr_drop, found.ctr_difference),
+        ("num_converted", config.max_conversion_drop, found.conversion_difference),
+    ):
+        if whole is not None:
+            yield whole, _describe_outcome(look, whole, name), tolerance
+        for surface in _sliced(look, "num_matured"):
+            sliced = _outcome(look, name, surface, _SURFACE_SHARE)
+            yield sliced, _describe_outcome(look, sliced, name, surface), tolerance
+    if found.ndcg_difference is not None:
+        yield (
+            found.ndcg_difference,
+            _describe_ndcg(look, found.ndcg_difference),
+            config.max_ndcg_drop,
+        )
+
+
+def _is_proven_drop(difference: Difference, tolerance: float) -> bool:
+    return difference.high < 0 and difference.low <= -tolerance
+
+
+def _bad(look: _Look, surface: int | slice, share: float) -> Difference | None:
+    canary = _summed(look.canary.num_bad[surface], look.canary.num_requests[surface])
+    stable = _summed(look.stable.num_bad[surface], look.stable.num_requests[surface])
+    if min(canary[1].sum(), stable[1].sum()) == 0:
         return None
-    # Each version's own bound takes half of the level, since either may be wrong.
-    to_fail, to_pass = config.error_probability / 4, config.error_probability / 2
-    return Difference(
-        estimate=bad_c / n_c - bad_s / n_s,
-        low=rate_lower_bound(bad_c, n_c, to_fail) - rate_upper_bound(bad_s, n_s, to_fail),
-        high=rate_upper_bound(bad_c, n_c, to_pass) - rate_lower_bound(bad_s, n_s, to_pass),
+    return rate_increase(
+        canary, stable, to_fail=look.to_fail(share), to_pass=look.config.error_probability
     )
 
 
-def _independent_counts(events_b: Counts, requests_b: Counts) -> tuple[float, float]:
-    """Counts one user's ten failures as fewer, since they are not the evidence of ten users."""
-    effect = design_effect(events_b, requests_b)
-    return events_b.sum() / effect, requests_b.sum() / effect
+def _looks_bad(look: _Look, surface: int) -> bool:
+    """Whether bounds of a surface's bad rate, which take time, could fail the canary."""
+    canary, stable = look.totals(surface)
+    increase = canary.num_bad / canary.num_requests - stable.num_bad / stable.num_requests
+    return increase > look.config.max_bad_rate_increase
 
 
-def _missing(canary: VersionTotals, stable: VersionTotals, config: RolloutConfig) -> str | None:
-    for name, totals in (("canary", canary), ("stable", stable)):
-        needed = f"needs {config.min_requests} (rollout.min_requests)"
-        if totals.num_requests < config.min_requests:
-            return f"{name} answered {totals.num_requests} requests and {needed}"
-        if totals.num_matured < config.min_requests:
-            return f"{name} has {totals.num_matured} requests old enough to judge and {needed}"
-        if totals.num_user_buckets < MIN_USER_BUCKETS:
+def _outcome(look: _Look, name: str, surface: int | slice, share: float) -> Difference:
+    config = look.config
+    arms = [
+        _summed(getattr(arm, name)[surface], arm.num_matured[surface])
+        for arm in (look.canary, look.stable)
+    ]
+    clicked = name == "num_clicked"
+    return mean_difference(
+        *arms,
+        to_fail=look.to_fail(share),
+        to_pass=config.error_probability,
+        tolerance=config.tolerated_ctr_drop if clicked else config.max_conversion_drop,
+    )
+
+
+def _ndcg(look: _Look) -> Difference | None:
+    arms = [(arm.sum_ndcg, arm.num_ranked) for arm in (look.canary, look.stable)]
+    if any(n.sum() < MIN_RANKED or (n > 0).sum() < MIN_USER_BUCKETS for _, n in arms):
+        return None
+    return mean_difference(
+        *arms,
+        to_fail=look.to_fail(_SHARES["ndcg"]),
+        to_pass=look.config.error_probability,
+        tolerance=look.config.max_ndcg_drop,
+    )
+
+
+def _p99(look: _Look) -> P99 | None:
+    histograms = look.canary.num_by_latency, look.stable.num_by_latency
+    if min(counts.sum() for counts in histograms) < look.min_requests:
+        return None
+    return compare_p99(
+        *histograms,
+        max_ms=look.config.max_p99_ms,
+        max_ratio=look.config.max_p99_ratio,
+        error_probability=look.to_fail(_SHARES["p99"]),
+    )
+
+
+def _missing(look: _Look, name: str, has: str) -> str | None:
+    needed = f"needs {look.min_requests} (rollout.min_requests)"
+    for arm, totals in zip(("canary", "stable"), look.totals(), strict=True):
+        if getattr(totals, name) < look.min_requests:
+            return f"{arm} {has.format(getattr(totals, name))} and {needed}"
+        if name == "num_matured" and totals.num_user_buckets < MIN_USER_BUCKETS:
             return (
-                f"the users of {name} fill {totals.num_user_buckets} of the buckets by which they "
+                f"the users of {arm} fill {totals.num_user_buckets} of the buckets by which they "
                 f"are told apart, {MIN_USER_BUCKETS} are needed: too few users"
             )
     return None
 
 
-def _conversion_difference(
-    canary: VersionCounters, stable: VersionCounters, config: RolloutConfig
-) -> Difference:
-    estimate = _conversion_rate(canary) - _conversion_rate(stable)
-    variance = _conversion_variance(canary, stable)
-    # The bounds are to be tight when they are as wide as the tolerance: then it is decided.
-    scale = config.max_conversion_drop
-    return Difference(
-        estimate=estimate,
-        low=estimate - drift_margin(variance, config.error_probability, scale=scale),
-        high=estimate + drift_margin(variance, config.error_probability / 2, scale=scale),
+def _sliced(look: _Look, name: str) -> list[int]:
+    """Surfaces with enough of both versions; none if all traffic is of one surface."""
+    arms = [getattr(arm, name) for arm in (look.canary, look.stable)]
+    if sum(bool(any(arm[i].any() for arm in arms)) for i in range(len(SURFACES))) < 2:
+        return []
+    return [
+        i
+        for i in range(len(SURFACES))
+        if all(arm[i].sum() >= look.min_requests for arm in arms)
+        and all((arm[i] > 0).sum() >= MIN_USER_BUCKETS for arm in arms)
+    ]
+
+
+def _surfaces(look: _Look) -> dict[str, dict[str, VersionTotals]]:
+    pairs = ((name, look.totals(i)) for i, name in enumerate(SURFACES))
+    return {
+        name: {"canary": canary, "stable": stable}
+        for name, (canary, stable) in pairs
+        if canary.num_requests or stable.num_requests
+    }
+
+
+def _summed(sums: Any, requests: Any) -> Mean:
+    """Sums over surfaces, where there is more than one."""
+    return (sums.sum(axis=0), requests.sum(axis=0)) if sums.ndim == 2 else (sums, requests)
+
+
+def _buckets(counts: Any) -> int:
+    return int(((counts.sum(axis=0) if counts.ndim == 2 else counts) > 0).sum())
+
+
+def _on(surface: int | slice) -> str:
+    return f"on surface {SURFACES[surface]}, " if isinstance(surface, int) else ""
+
+
+def _describe_bad(look: _Look, bad: Difference, surface: int | slice = slice(None)) -> str:
+    canary, stable = look.totals(surface)
+    return (
+        f"{_on(surface)}{canary.num_bad} of {canary.num_requests} canary answers and "
+        f"{stable.num_bad} of {stable.num_requests} stable answers were bad: {_range(bad)}, "
+        f"tolerated up to {look.config.max_bad_rate_increase:+.2%}"
     )
 
 
-def _conversion_rate(counters: VersionCounters) -> float:
-    return float(counters.num_converted.sum() / counters.num_matured.sum())
-
-
-def _conversion_variance(canary: VersionCounters, stable: VersionCounters) -> float:
-    """The larger of two estimates: of each version by itself, and as if the versions were equal.
-
-    A small canary that happens to have few conversions would by itself look precise as well as
-    poor, and would be failed too often. One conversion and one other request are added, so that
-    no conversions at all do not look like certainty.
-    """
-    arms = [(arm.num_converted, arm.num_matured) for arm in (canary, stable)]
-    apart = sum(cluster_variance(converted, matured) for converted, matured in arms)
-    num_matured = sum(matured.sum() for _, matured in arms)
-    num_converted = min(sum(converted.sum() for converted, _ in arms), num_matured)
-    rate = (num_converted + 1) / (num_matured + 2)
-    effect = sum(design_effect(*arm) * arm[1].sum() for arm in arms) / num_matured
-    equal = effect * rate * (1 - rate) * sum(1 / matured.sum() for _, matured in arms)
-    return float(max(apart, equal))
-
-
-def _verdict(
-    canary: VersionTotals,
-    stable: VersionTotals,
-    bad: Difference | None,
-    conversion: Difference | None,
-    missing: str | None,
-    config: RolloutConfig,
-) -> tuple[AnalysisPhase, str]:
-    if bad is not None and bad.low > config.max_bad_rate_increase:
-        return "failed", _describe_bad(canary, stable, bad, config)
-    if missing is not None:
-        return "inconclusive", missing
-    assert bad is not None and conversion is not None, "nothing is missing"
-    bad_tolerated = bad.high <= config.max_bad_rate_increase
-    conversion_tolerated = conversion.low > -config.max_conversion_drop
-    described = _describe_conversion(canary, stable, conversion, config)
-    if conversion.high < 0 and not conversion_tolerated:
-        return "failed", described
-    if not bad_tolerated:
-        return "inconclusive", _describe_bad(canary, stable, bad, config)
-    return ("successful" if conversion_tolerated else "inconclusive"), described
-
-
-def _describe_bad(
-    canary: VersionTotals, stable: VersionTotals, bad: Difference, config: RolloutConfig
+def _describe_outcome(
+    look: _Look, difference: Difference, name: str, surface: int | slice = slice(None)
 ) -> str:
+    canary, stable = look.totals(surface)
+    clicked = name == "num_clicked"
+    drop = look.config.tolerated_ctr_drop if clicked else look.config.max_conversion_drop
     return (
-        f"{canary.num_bad} of {canary.num_requests} canary answers and {stable.num_bad} of "
-        f"{stable.num_requests} stable answers were bad: {_range(bad)}, tolerated up to "
-        f"{config.max_bad_rate_increase:+.2%}"
+        f"{_on(surface)}{getattr(canary, name)} of {canary.num_matured} canary answers and "
+        f"{getattr(stable, name)} of {stable.num_matured} stable answers "
+        f"{'were clicked' if clicked else 'converted'}: {_range(difference)}, tolerated down to "
+        f"{-drop:+.2%}"
     )
 
 
-def _describe_conversion(
-    canary: VersionTotals, stable: VersionTotals, conversion: Difference, config: RolloutConfig
-) -> str:
+def _describe_ndcg(look: _Look, ndcg: Difference) -> str:
     return (
-        f"{canary.num_converted} of {canary.num_matured} canary answers and "
-        f"{stable.num_converted} of {stable.num_matured} stable answers converted: "
-        f"{_range(conversion)}, tolerated down to {-config.max_conversion_drop:+.2%}"
+        f"NDCG by outcome, of {look.canary.num_ranked.sum()} canary answers and "
+        f"{look.stable.num_ranked.sum()} stable answers: {ndcg.estimate:+.4f}, between "
+        f"{ndcg.low:+.4f} and {ndcg.high:+.4f}, tolerated down to {-look.config.max_ndcg_drop:+.4f}"
+    )
+
+
+def _describe_p99(p99: P99) -> str:
+    proven = "proven" if p99.is_exceeded else "not proven yet"
+    return (
+        f"p99 of the canary is {p99.canary_ms:g} ms, of stable {p99.stable_ms:g} ms: over the "
+        f"limit of {p99.limit_ms:g} ms, {proven}"
     )
 
 

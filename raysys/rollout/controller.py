@@ -32,6 +32,7 @@ from raysys.rollout.policy import Decision, decide
 from raysys.rollout.reports import ReplicaReport, RolloutCounts
 from raysys.rollout.state import abort, promote
 from raysys.rollout.view import RolloutView
+from raysys.rollout.watch import BuildReport, watch
 from raysys.storage import Root
 
 REFRESH_INTERVAL_S = 1.0
@@ -102,7 +103,9 @@ class Control:
 
     def measurement(self) -> dict[str, Any] | None:
         """Returns the newest look at the canary, None if there is none on trial."""
-        return self._measurement.to_json() if self._measurement and self._counts else None
+        if self._measurement is None or self._counts is None:
+            return None
+        return {**self._measurement.to_json(), "shadow": self._counts.shadow.to_json()}
 
     async def _follow(self, state: State) -> None:
         view = RolloutView.of(state)
@@ -161,9 +164,14 @@ class Control:
 class RolloutController:
     """`Control` as a Serve deployment."""
 
-    def __init__(self, config_path: str) -> None:
+    def __init__(self, config_path: str, metrics: BuildReport | None = None) -> None:
         config = load_config(config_path)
-        self._control = Control(Log(Root(config.root)), config.rollout)
+        root = Root(config.root)
+        self._control = Control(Log(root), config.rollout)
+        if metrics is not None:
+            # Apart from the control: nothing that is merely shown may delay a rollback.
+            watching = watch(Log(root), metrics(config, root))
+            self._watch = asyncio.get_running_loop().create_task(watching)
         self._task = asyncio.get_running_loop().create_task(self._control.run())
 
     async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:

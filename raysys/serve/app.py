@@ -41,7 +41,7 @@ from raysys.serve.check_process import ChildCheck
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import RayMetrics
+from raysys.serve.metrics import RayMetrics, controller_metrics
 from raysys.serve.queries import QueryBatcher
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
@@ -270,9 +270,9 @@ def open_replica(
     root = Root(config.root)
     log, metrics = Log(root), RayMetrics()
     impressions = EventWriter(
-        root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
+        root, "impressions", interval_s=args.impressions_interval_s, metrics=metrics
     )
-    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s, metrics=metrics)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
     shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
@@ -283,6 +283,8 @@ def open_replica(
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        sample_fraction=config.impressions.sample_fraction,
+        shadow=config.shadow,
         shelves=shelves,
         reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
@@ -334,6 +336,6 @@ def build(args: Mapping[str, Any]) -> Application:
     parsed = RankerArgs.model_validate(args)
     load_config(parsed.config)
     # Serve's decorators are typed to return the class; what they return has `bind`.
-    controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
+    controller = RolloutController.bind(parsed.config, controller_metrics)  # type: ignore[attr-defined]
     application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
     return application

@@ -124,6 +124,7 @@ class Follower:
         tally = self._service.tally
         if tally is not None:
             tally.refusal = self._service.versions.refusal(self._service.view)
+            tally.shadow = self._service.shadow.counts(tally.rollout_id)
             report = tally.report(self._clock())
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 tally.acknowledge(await self._controller.report(report))

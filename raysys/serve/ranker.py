@@ -96,7 +96,11 @@ class CheckApart(Protocol):
 
 
 class ScoresError(Exception):
-    """A version gave scores that cannot be ranked by."""
+    """A version could not rank a request."""
+
+
+class InvalidScoresError(ScoresError):
+    """A version gave scores that cannot be ranked by: its weights or tables are broken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +131,7 @@ class ResidentVersions:
         self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
         self._check_apart = check_apart
         self._queries = queries or QueryBatcher()
+        self._newest_catalogue: str | None = None
         self._clock = clock
         self._resident: Mapping[str, Servable] = {}
         self._failures: dict[str, Failure] = {}
@@ -163,6 +168,7 @@ class ResidentVersions:
         others = (other for other in self.all() if other is not version)
         return (
             self._catalogue[0] is not None
+            and self._catalogue[0] == self._newest_catalogue
             and item_id not in self._catalogue[1]
             and all(other.items.index_of(item_id) is None for other in others)
         )
@@ -197,6 +203,7 @@ class ResidentVersions:
             self._queries.forget(self.all())
 
     async def _follow_catalogue(self, view: RolloutView) -> None:
+        self._newest_catalogue = view.catalogue
         if view.catalogue is None or view.catalogue == self._catalogue[0]:
             return
         try:
@@ -262,14 +269,14 @@ def score(
     """Returns the version's scores, (num_candidates,).
 
     Raises:
-      ScoresError: They are of another number than the candidates, or not all finite.
+      InvalidScoresError: They are of another number than the candidates, or not all finite.
     """
     scores = version.score(history, candidates, now=now, query=query)
     if scores.shape != candidates.shape:
-        raise ScoresError(
+        raise InvalidScoresError(
             f"version {version.name} gave scores of shape {scores.shape} for "
             f"{len(candidates)} candidates"
         )
     if not np.isfinite(scores).all():
-        raise ScoresError(f"version {version.name} gave scores that are not finite")
+        raise InvalidScoresError(f"version {version.name} gave scores that are not finite")
     return scores

@@ -279,12 +279,14 @@ class FeedbackEvent(_Strict):
     item_id: Id
     ts: Ts | None = None
     """When it happened, UNIX seconds. Default: now."""
+    rank: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
+    """Of the item in the answer: lets a rollout compare how high the chosen items stood."""
     price: Amount | None = None
     quantity: Amount | None = None
 
 
 class FeedbackRequest(_Strict):
-    """What came of one answer. Any event makes it a conversion, once, however often it is sent."""
+    """What came of one answer. Each choice counts once for a rollout, however often it is sent."""
 
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     """The `request_id` of the answer."""

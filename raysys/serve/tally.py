@@ -11,9 +11,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
+
 from raysys.config import RolloutConfig
-from raysys.rollout.counters import Arm, VersionCounters
+from raysys.rollout.counters import (
+    NUM_BUCKETS,
+    SURFACES,
+    Arm,
+    Counts,
+    OutcomeKind,
+    VersionCounters,
+    latency_bin,
+    place,
+)
 from raysys.rollout.reports import Conversion, ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.serve.request_id import RequestTag
 
 MAX_CONVERSIONS = 1_000_000
@@ -21,8 +33,9 @@ MAX_CONVERSIONS = 1_000_000
 _NUM_SLOTS = 100
 
 
-def _no_requests() -> dict[Arm, VersionCounters]:
-    return {"canary": VersionCounters.zeros(), "stable": VersionCounters.zeros()}
+def _no_requests() -> dict[Arm, Counts]:
+    shape = (len(SURFACES), NUM_BUCKETS)
+    return {"canary": np.zeros(shape, np.int64), "stable": np.zeros(shape, np.int64)}
 
 
 class Tally:
@@ -32,33 +45,55 @@ class Tally:
         self.rollout_id = rollout_id
         self.refusal: str | None = None
         """Why the canary did not pass its check."""
+        self.shadow = ShadowCounts()
+        """What shadow scoring found."""
         self._replica_id = replica_id
         self._delay_s = config.feedback_delay_s
         # Requests of one slot mature together: their number, not that of requests, bounds memory.
         self._slot_s = max(1.0, config.feedback_delay_s / _NUM_SLOTS)
-        self._counters = _no_requests()
-        self._unripe_requests: defaultdict[int, dict[Arm, VersionCounters]] = defaultdict(
-            _no_requests
-        )
+        self._counters: dict[Arm, VersionCounters] = {
+            "canary": VersionCounters.zeros(),
+            "stable": VersionCounters.zeros(),
+        }
+        self._unripe_requests: defaultdict[int, dict[Arm, Counts]] = defaultdict(_no_requests)
         self._unripe_conversions: defaultdict[int, list[Conversion]] = defaultdict(list)
         self._conversions: list[Conversion] = []
-        self._seen: set[str] = set()
+        self._seen: set[Conversion] = set()
         self._num_acknowledged = 0
 
-    def answered(self, tag: RequestTag, *, bad: bool) -> None:
-        """Counts a request of this rollout, which this replica answered or failed to."""
-        counters = self._counters[tag.arm]
-        counters.num_requests[tag.bucket] += 1
-        counters.num_bad[tag.bucket] += bad
-        if not self._is_full:
-            self._unripe_requests[self._slot(tag)][tag.arm].num_matured[tag.bucket] += 1
+    def answered(
+        self,
+        tag: RequestTag,
+        *,
+        bad: bool,
+        invalid: bool = False,
+        latency_ms: float | None = None,
+    ) -> None:
+        """Counts a request of this rollout, which this replica answered or failed to.
 
-    def converted(self, tag: RequestTag) -> None:
-        """Counts that feedback came for a request of this rollout, once for each request."""
-        if tag.nonce in self._seen or self._is_full:
+        Args:
+          tag: What its id says.
+          bad: Whether it failed, or was answered late.
+          invalid: Whether the version gave scores that nothing can be ranked by.
+          latency_ms: How long its answer took; None if the version gave none.
+        """
+        counters, at = self._counters[tag.arm], place(tag.surface, tag.bucket)
+        counters.num_requests[at] += 1
+        counters.num_bad[at] += bad
+        counters.num_invalid[at] += invalid
+        if latency_ms is not None:
+            counters.num_by_latency[tag.bucket, latency_bin(latency_ms)] += 1
+        if not self._is_full:
+            self._unripe_requests[self._slot(tag)][tag.arm][at] += 1
+
+    def converted(
+        self, tag: RequestTag, kind: OutcomeKind = "click", rank: int | None = None
+    ) -> None:
+        """Counts what feedback says of a request of this rollout, each choice once."""
+        conversion = Conversion(tag.nonce, tag.arm, tag.bucket, tag.surface, kind, rank)
+        if conversion in self._seen or self._is_full:
             return
-        self._seen.add(tag.nonce)
-        conversion = Conversion(tag.nonce, tag.arm, tag.bucket)
+        self._seen.add(conversion)
         self._unripe_conversions[self._slot(tag)].append(conversion)
 
     def report(self, now: float) -> ReplicaReport:
@@ -72,6 +107,7 @@ class Tally:
             conversions=tuple(self._conversions[self._num_acknowledged :]),
             first_conversion=self._num_acknowledged,
             refusal=self.refusal,
+            shadow=self.shadow,
         )
 
     def acknowledge(self, num_held: int) -> None:
@@ -89,6 +125,6 @@ class Tally:
         last_ripe = int((now - self._delay_s) // self._slot_s) - 1
         for slot in [slot for slot in self._unripe_requests if slot <= last_ripe]:
             for arm, matured in self._unripe_requests.pop(slot).items():
-                self._counters[arm] += matured
+                self._counters[arm].num_matured[:] += matured
         for slot in [slot for slot in self._unripe_conversions if slot <= last_ripe]:
             self._conversions.extend(self._unripe_conversions.pop(slot))

@@ -14,7 +14,11 @@ import pytest
 from raysys.config import RolloutConfig
 from raysys.rollout.analysis import MIN_USER_BUCKETS, judge
 from raysys.rollout.bounds import cluster_variance
-from raysys.rollout.counters import NUM_BUCKETS, VersionCounters
+from raysys.rollout.counters import (
+    NUM_BUCKETS,
+    SURFACES,
+    VersionCounters,
+)
 
 CONFIG = RolloutConfig(
     min_requests=500,
@@ -36,12 +40,20 @@ def spread(total: int, buckets: int = NUM_BUCKETS) -> np.ndarray:
 def counters(
     requests: int, bad: int = 0, converted: int = 0, matured: int | None = None, buckets: int = 100
 ) -> VersionCounters:
-    return VersionCounters(
-        num_requests=spread(requests, buckets),
-        num_bad=spread(bad, buckets),
-        num_matured=spread(requests if matured is None else matured, buckets),
-        num_converted=spread(converted, buckets),
+    return VersionCounters.of(
+        num_requests=on_surface(spread(requests, buckets)),
+        num_bad=on_surface(spread(bad, buckets)),
+        num_matured=on_surface(spread(requests if matured is None else matured, buckets)),
+        num_clicked=on_surface(spread(converted, buckets)),
+        num_converted=on_surface(spread(converted, buckets)),
     )
+
+
+def on_surface(counts: np.ndarray, surface: str = "recommend") -> np.ndarray:
+    """Counts of buckets as (S, B), all on one surface."""
+    found = np.zeros((len(SURFACES), NUM_BUCKETS), np.int64)
+    found[SURFACES.index(surface)] = counts
+    return found
 
 
 def test_equal_versions_with_much_traffic_are_successful() -> None:
@@ -60,7 +72,7 @@ def test_a_drop_that_is_proven_but_tolerated_is_successful() -> None:
 def test_a_proven_drop_that_may_be_beyond_tolerance_fails() -> None:
     found = judge(counters(2000, 0, 280), counters(8000, 0, 1600), CONFIG)
     assert found.phase == "failed"
-    assert "converted: -6.00%" in found.reason
+    assert "were clicked: -6.00%" in found.reason
     assert "tolerated down to -5.00%" in found.reason
 
 
@@ -78,7 +90,7 @@ def test_a_canary_that_always_fails_needs_no_minimum_of_requests() -> None:
 def test_failures_of_one_user_alone_do_not_fail_a_canary() -> None:
     spread_out = judge(counters(600, 60), counters(2400), CONFIG)
     canary = counters(600)
-    canary.num_bad[7] = canary.num_requests[7] = 60
+    canary.num_bad[1, 7] = canary.num_requests[1, 7] = 60
     of_one_user = judge(canary, counters(2400), CONFIG)
     assert (spread_out.phase, of_one_user.phase) == ("failed", "inconclusive")
 
@@ -174,10 +186,10 @@ def rollout(
         for arm, sums in arms.items():
             mine = on_canary[users] == arm
             for counts, values in (
-                (sums.num_requests, 1),
-                (sums.num_matured, 1),
-                (sums.num_bad, failed[mine]),
-                (sums.num_converted, converted[mine]),
+                (sums.num_requests[1], 1),
+                (sums.num_matured[1], 1),
+                (sums.num_bad[1], failed[mine]),
+                (sums.num_clicked[1], converted[mine]),
             ):
                 np.add.at(counts, bucket[users[mine]], values)
         yield arms[True].copy(), arms[False].copy()
@@ -204,7 +216,7 @@ def by_fixed_sample_test(look: Look) -> str:
     canary, stable = look
     if min(arm.num_requests.sum() for arm in look) < CONFIG.min_requests:
         return "inconclusive"
-    variance = sum(cluster_variance(arm.num_converted, arm.num_matured) for arm in look)
+    variance = sum(cluster_variance(arm.num_clicked[1], arm.num_matured[1]) for arm in look)
     return _z_verdict(canary, stable, variance)
 
 
@@ -212,11 +224,11 @@ def by_independent_requests(look: Look) -> str:
     """Always valid, but takes each request for an independent one."""
     canary, stable = look
     pooled = [
-        VersionCounters(
+        VersionCounters.of(
             num_requests=arm.num_requests,
             num_bad=arm.num_bad,
-            num_matured=spread(int(arm.num_matured.sum())),
-            num_converted=spread(int(arm.num_converted.sum())),
+            num_matured=on_surface(spread(int(arm.num_matured.sum()))),
+            num_clicked=on_surface(spread(int(arm.num_clicked.sum()))),
         )
         for arm in (canary, stable)
     ]
@@ -224,7 +236,7 @@ def by_independent_requests(look: Look) -> str:
 
 
 def _z_verdict(canary: VersionCounters, stable: VersionCounters, variance: float) -> str:
-    rates = [arm.num_converted.sum() / arm.num_matured.sum() for arm in (canary, stable)]
+    rates = [arm.num_clicked.sum() / arm.num_matured.sum() for arm in (canary, stable)]
     return "failed" if (rates[0] - rates[1]) / math.sqrt(variance) < -1.645 else "inconclusive"
 
 
@@ -271,7 +283,7 @@ def test_a_clearly_worse_canary_is_failed() -> None:
 
 
 def test_a_canary_with_more_errors_is_failed() -> None:
-    assert verdicts(50, by_judge, bad=(0.06, 0.005))["failed"] == 50
+    assert verdicts(50, by_judge, bad=(0.06, 0.005), num_looks=60)["failed"] == 50
 
 
 def test_a_better_canary_is_passed() -> None:

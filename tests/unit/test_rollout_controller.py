@@ -67,21 +67,13 @@ def report(
 
     def spread(total: int) -> Any:
         counts = VersionCounters.zeros().num_requests
-        counts += total // 100
+        counts[1] += total // 100
         return counts
 
-    canary = VersionCounters(
-        num_requests=spread(requests),
-        num_bad=spread(bad),
-        num_matured=spread(requests),
-        num_converted=spread(0),
+    canary = VersionCounters.of(
+        num_requests=spread(requests), num_bad=spread(bad), num_matured=spread(requests)
     )
-    stable = VersionCounters(
-        num_requests=spread(requests),
-        num_bad=spread(0),
-        num_matured=spread(requests),
-        num_converted=spread(0),
-    )
+    stable = VersionCounters.of(num_requests=spread(requests), num_matured=spread(requests))
     conversions = [Conversion(f"c{i}", "canary", i % 100) for i in range(converted)]
     conversions += [Conversion(f"s{i}", "stable", i % 100) for i in range(800)]
     return ReplicaReport(

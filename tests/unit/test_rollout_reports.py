@@ -39,7 +39,7 @@ def totals(counts: RolloutCounts) -> tuple[int, ...]:
     return tuple(
         int(array.sum())
         for arm in (canary, stable)
-        for array in (arm.num_requests, arm.num_bad, arm.num_matured, arm.num_converted)
+        for array in (arm.num_requests, arm.num_bad, arm.num_matured, arm.num_clicked)
     )
 
 
@@ -52,7 +52,7 @@ def test_requests_and_conversions_arrive_on_their_side() -> None:
         tally.converted(tag(number))
     tally.acknowledge(counts.take(tally.report(now=10.0)))
     assert totals(counts) == (3, 1, 3, 2, 6, 0, 6, 2)
-    assert counts.totals()[0].num_bad[0] == 1
+    assert counts.totals()[0].num_bad[1, 0] == 1
 
 
 @given(st.integers(0, 10**6), st.integers(0, 60))
@@ -86,8 +86,8 @@ def test_any_loss_and_repetition_of_reports_ends_with_the_same_sum(seed: int, st
     canary, stable = counts.totals()
     assert canary.num_requests.sum() + stable.num_requests.sum() == steps
     assert canary.num_matured.sum() + stable.num_matured.sum() == steps
-    assert canary.num_converted.sum() == sum(n % 3 == 0 for n in converted)
-    assert stable.num_converted.sum() == sum(n % 3 != 0 for n in converted)
+    assert canary.num_clicked.sum() == sum(n % 3 == 0 for n in converted)
+    assert stable.num_clicked.sum() == sum(n % 3 != 0 for n in converted)
 
 
 def test_adding_up_reports_instead_would_count_repeated_ones_twice() -> None:

@@ -13,7 +13,6 @@ Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -85,6 +84,8 @@ class LoadedVersion:
         place = {text: i for i, text in enumerate(weights.texts)}
         self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
         self.encoder = encoder or torch_encoder(manifest, weights.adapted_weights)
+        self.calibration = manifest.calibration or self._without_fit()
+        """How scores become probabilities; without one of its own the best that can be said."""
 
     def history(self, user: str) -> UserHistory:
         """Returns the history of a pseudonym, an empty one if it is unknown."""
@@ -161,15 +162,6 @@ class LoadedVersion:
         """
         return explain(self._weights.head, self._inputs(history, candidates, now, query))
 
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        """The version's own; without one the best that can be said: see `without_fit`."""
-        if self.manifest.calibration is not None:
-            return self.manifest.calibration
-        everything = np.arange(len(self.items), dtype=np.int32)
-        reference = self.score(UserHistory.empty(), everything, now=self.items.as_of, query=None)
-        return without_fit(self.manifest.loss, reference)
-
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
 
@@ -201,6 +193,18 @@ class LoadedVersion:
                     f"version {self.name} scores a golden request {worst:.4f} away from what "
                     f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
                 )
+            self._check_probabilities(expected, request.get("probabilities"))
+
+    def _check_probabilities(self, scores: FloatArray, recorded: object) -> None:
+        if recorded is None:  # of a version whose manifest had schema 2 or less
+            return
+        expected, got = np.array(recorded, np.float32), self.probabilities(scores)
+        # Of the recorded scores, so they are as exact as the calibration; rare events are small.
+        if not np.allclose(got, expected, rtol=1e-4, atol=0):
+            raise ArtifactError(
+                f"version {self.name} gives a golden request probabilities up to {got.max():.3g}, "
+                f"training recorded up to {expected.max():.3g}; it is not served"
+            )
 
     def record_golden(self) -> list[dict[str, object]]:
         """Returns golden requests. Made of items alone: no user is in them."""
@@ -218,10 +222,18 @@ class LoadedVersion:
             for i, query in enumerate(queries)
         ]
         for request, query in zip(requests, queries, strict=True):
-            request["scores"] = self._golden_scores(request).tolist()
+            scores = self._golden_scores(request)
+            request["scores"] = scores.tolist()
+            request["probabilities"] = self.probabilities(scores).tolist()
             if query is not None:
                 request["embedding"] = self.embed_query(query).tolist()
         return requests
+
+    def _without_fit(self) -> Calibration:
+        everything = np.arange(len(self.items), dtype=np.int32)
+        nobody = UserHistory.empty()
+        reference = self.score(nobody, everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None

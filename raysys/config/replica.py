@@ -26,9 +26,14 @@ class ReplicaConfig:
     check_max_bytes: int = 4 * 2**30
     """Resident memory of that process above which the version is refused. A replica needs about
     as much for the version, less 200 MB."""
+    isolate_canary: bool = False
+    """Whether the canary answers in a deployment of its own, whose process it cannot take others
+    down with. That costs a process with all versions in it, and a hop for its requests."""
+    canary_timeout_ms: float = 500.0
+    """With `isolate_canary`: how long a request waits for it before stable answers instead."""
 
     def __post_init__(self) -> None:
         check(self, "replica", AT_LEAST_1, "encoder_threads", "max_query_batch")
         check(self, "replica", AT_LEAST_1, "max_cached_queries", "check_max_bytes")
         check(self, "replica", NOT_NEGATIVE, "query_wait_ms")
-        check(self, "replica", POSITIVE, "check_timeout_s")
+        check(self, "replica", POSITIVE, "check_timeout_s", "canary_timeout_ms")

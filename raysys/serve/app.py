@@ -10,9 +10,11 @@ what a Serve config imports. New model versions never touch that config: replica
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any
@@ -37,9 +39,11 @@ from raysys.registry.store import load_version
 from raysys.rollout.controller import RolloutController
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
+from raysys.serve.answer import Ranking, Task
 from raysys.serve.check_process import ChildCheck
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
+from raysys.serve.isolated import CanaryProcess, RemoteCanary, RemoteError, RemoteStatus
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import RayMetrics, controller_metrics
 from raysys.serve.queries import QueryBatcher
@@ -248,20 +252,78 @@ class Ranker:
         args: RankerArgs,
         controller: DeploymentHandle[RolloutController],
         load: LoadVersion | None = None,
+        canary: DeploymentHandle[Canary] | None = None,
     ) -> None:
-        self._replica = open_replica(args, _ControllerHandle(controller), load)
+        process = None if canary is None else _CanaryHandle(canary)
+        # A thread that loads a version runs Python, too: the loop gets its turn sooner than by
+        # default, where a request may wait 5 ms for it each time that it waits for anything.
+        sys.setswitchinterval(0.001)
+        self._replica = open_replica(args, _ControllerHandle(controller), load, process)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._replica)
 
 
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 0.3},
+    max_ongoing_requests=100,
+    health_check_period_s=10.0,
+    graceful_shutdown_timeout_s=10.0,
+)
+class Canary:
+    """A replica without HTTP, in whose process the canary answers: see `serve.isolated`."""
+
+    def __init__(
+        self,
+        args: RankerArgs,
+        controller: DeploymentHandle[RolloutController],
+        load: LoadVersion | None = None,
+    ) -> None:
+        replica = open_replica(args, _ControllerHandle(controller), load)
+        self._service = replica.service
+        self._start = asyncio.get_running_loop().create_task(replica.follower.start())
+
+    async def rank(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks with the canary."""
+        return await self._service.rank_for_others(name, task)
+
+    async def status(self, name: str) -> RemoteStatus | None:
+        """Returns what the version is, None while it cannot answer."""
+        version = self._service.versions.get(name)
+        if version is None:
+            return None
+        return RemoteStatus(num_items=len(version.items), encoder_runtime=version.encoder_runtime)
+
+
+class _CanaryHandle:
+    """`isolated.CanaryProcess` by way of Serve."""
+
+    def __init__(self, handle: DeploymentHandle[Canary]) -> None:
+        self._handle = handle
+
+    async def rank(self, name: str, task: Task) -> Ranking | RemoteError:
+        answer = await self._handle.rank.remote(name, task)
+        assert isinstance(answer, Ranking | RemoteError)
+        return answer
+
+    async def status(self, name: str) -> RemoteStatus | None:
+        status = await self._handle.status.remote(name)
+        assert status is None or isinstance(status, RemoteStatus)
+        return status
+
+
 def open_replica(
-    args: RankerArgs, controller: Controller, load: LoadVersion | None = None
+    args: RankerArgs,
+    controller: Controller,
+    load: LoadVersion | None = None,
+    canary: CanaryProcess | None = None,
 ) -> Replica:
     """Puts a replica together from a shop's config.
 
     Args:
       load: `registry.store.load_version` if left out, whose versions share one encoder.
+      canary: The process that canaries answer in, None if that is this one.
 
     Raises:
       ConfigError: The config, or a key that it names, is missing or not valid.
@@ -278,7 +340,10 @@ def open_replica(
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
-        versions=open_versions(config, root, log, keys, shelves, load),
+        versions=open_versions(config, root, log, keys, shelves, load, loads_canary=canary is None),
+        remote=None
+        if canary is None
+        else RemoteCanary(canary, timeout_s=config.replica.canary_timeout_ms / 1000),
         keys=keys,
         impressions=impressions,
         feedback=feedback,
@@ -296,7 +361,14 @@ def open_replica(
 
 
 def open_versions(
-    config: Config, root: Root, log: Log, keys: Keys, shelves: Shelves, load: LoadVersion | None
+    config: Config,
+    root: Root,
+    log: Log,
+    keys: Keys,
+    shelves: Shelves,
+    load: LoadVersion | None,
+    *,
+    loads_canary: bool = True,
 ) -> ResidentVersions:
     """Returns the versions of a replica, none of them loaded yet."""
     own = config.replica
@@ -310,6 +382,7 @@ def open_versions(
             timeout_s=own.check_timeout_s,
             max_bytes=own.check_max_bytes,
         ),
+        loads_canary=loads_canary,
         queries=QueryBatcher(max_batch=own.max_query_batch, wait_s=own.query_wait_ms / 1000),
     )
 
@@ -334,8 +407,11 @@ def build(args: Mapping[str, Any]) -> Application:
       ValidationError: `args` is not `RankerArgs`.
     """
     parsed = RankerArgs.model_validate(args)
-    load_config(parsed.config)
+    config = load_config(parsed.config)
     # Serve's decorators are typed to return the class; what they return has `bind`.
     controller = RolloutController.bind(parsed.config, controller_metrics)  # type: ignore[attr-defined]
-    application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
+    canary = None
+    if config.replica.isolate_canary:
+        canary = Canary.bind(parsed, controller)  # type: ignore[attr-defined]
+    application: Application = Ranker.bind(parsed, controller, None, canary)  # type: ignore[attr-defined]
     return application

@@ -123,6 +123,7 @@ class ResidentVersions:
         load_item_ids: LoadItemIds = lambda update_id: frozenset(),
         *,
         check_apart: CheckApart | None = None,
+        loads_canary: bool = True,
         queries: QueryBatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -130,6 +131,7 @@ class ResidentVersions:
         self._load_item_ids = load_item_ids
         self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
         self._check_apart = check_apart
+        self._loads_canary = loads_canary
         self._queries = queries or QueryBatcher()
         self._newest_catalogue: str | None = None
         self._clock = clock
@@ -188,7 +190,8 @@ class ResidentVersions:
         Call it again and again: what cannot be loaded now is noted and tried again later.
         """
         await self._follow_catalogue(view)
-        names = [name for name in (view.stable, view.canary, view.previous) if name is not None]
+        canary = view.canary if self._loads_canary else None
+        names = [name for name in (view.stable, canary, view.previous) if name is not None]
         self._failures = {
             name: failure
             for name, failure in self._failures.items()

@@ -2,9 +2,9 @@
 
     Manifest, VersionWeights -> Encoders.of() -> VersionEncoder.embed(query) -> (d,)
 
-A version's encoder runs on ONNX Runtime if that gives the embeddings of its texts that training
-recorded, and otherwise with torch. Embeddings of queries are kept by the encoder's matrices and the
-query, so versions of one encoder share them, and the cache is bounded for all versions together.
+A version's encoder runs on ONNX Runtime if that gives the embeddings of its golden queries that
+training recorded, and otherwise with torch. Embeddings of queries are kept by the matrices of the
+encoder and the query: versions of one encoder share them, and one bound holds for all versions.
 
 Shape suffixes: M = queries, d = width of the encoder.
 """
@@ -123,7 +123,7 @@ class Encoders:
 
         Args:
           weights: Module name -> matrix, of each module that its line has changed.
-          texts: Catalogue texts of the version.
+          texts: Some queries or texts.
           text: (len(texts), d) their embeddings as training recorded them.
         """
         key = _key(manifest, weights)
@@ -185,7 +185,7 @@ def _compare(
     # Written so that a NaN fails.
     if not worst <= TOLERANCE:
         raise UnsupportedEncoderError(
-            f"ONNX Runtime embeds its texts {worst:.1e} away from what training recorded "
+            f"ONNX Runtime embeds texts {worst:.1e} away from what training recorded "
             f"(tolerance {TOLERANCE:.0e})"
         )
 

@@ -13,11 +13,11 @@ Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -45,6 +45,8 @@ from raysys.storage.parquet import to_parquet
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a golden score: matrix kernels differ a little between processors."""
 NUM_GOLDEN_CANDIDATES = 50
+ODD_QUERY = "Cr\u00e8me FRA\u00ceCHE, 2 x 200 g \N{GRINNING FACE}"
+"""A golden query that tells tokenizers apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,8 @@ class LoadedVersion:
         place = {text: i for i, text in enumerate(weights.texts)}
         self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
         self.encoder = encoder or torch_encoder(manifest, weights.adapted_weights)
+        self.calibration = manifest.calibration or self._without_fit()
+        """How scores become probabilities; without one of its own the best that can be said."""
 
     def history(self, user: str) -> UserHistory:
         """Returns the history of a pseudonym, an empty one if it is unknown."""
@@ -111,6 +115,10 @@ class LoadedVersion:
     def knows_query(self, query: str) -> bool:
         """Whether `score` needs no encoder for this query."""
         return self.encoder.knows(query)
+
+    def embed_query(self, query: str) -> FloatArray:
+        """Returns the normalised embedding of a search, (d,)."""
+        return self.encoder.embed(query)
 
     def embed_queries(self, queries: Sequence[str]) -> None:
         """Has `score` know these queries. Blocking, some ms for each."""
@@ -154,15 +162,6 @@ class LoadedVersion:
         """
         return explain(self._weights.head, self._inputs(history, candidates, now, query))
 
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        """The version's own; without one the best that can be said: see `without_fit`."""
-        if self.manifest.calibration is not None:
-            return self.manifest.calibration
-        everything = np.arange(len(self.items), dtype=np.int32)
-        reference = self.score(UserHistory.empty(), everything, now=self.items.as_of, query=None)
-        return without_fit(self.manifest.loss, reference)
-
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
 
@@ -194,14 +193,26 @@ class LoadedVersion:
                     f"version {self.name} scores a golden request {worst:.4f} away from what "
                     f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
                 )
+            self._check_probabilities(expected, request.get("probabilities"))
+
+    def _check_probabilities(self, scores: FloatArray, recorded: object) -> None:
+        if recorded is None:  # of a version whose manifest had schema 2 or less
+            return
+        expected, got = np.array(recorded, np.float32), self.probabilities(scores)
+        # Of the recorded scores, so they are as exact as the calibration; rare events are small.
+        if not np.allclose(got, expected, rtol=1e-4, atol=0):
+            raise ArtifactError(
+                f"version {self.name} gives a golden request probabilities up to {got.max():.3g}, "
+                f"training recorded up to {expected.max():.3g}; it is not served"
+            )
 
     def record_golden(self) -> list[dict[str, object]]:
         """Returns golden requests. Made of items alone: no user is in them."""
         ids = self.items.ids
         step = max(len(ids) // NUM_GOLDEN_CANDIDATES, 1)
         some = ids[::step][:NUM_GOLDEN_CANDIDATES]
-        queries = [None, self.items.texts[0]]
-        requests = [
+        queries = [None, self.items.texts[0], ODD_QUERY]
+        requests: list[dict[str, object]] = [
             {
                 "history": some[i : i + 3],
                 "candidates": some,
@@ -210,7 +221,19 @@ class LoadedVersion:
             }
             for i, query in enumerate(queries)
         ]
-        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+        for request, query in zip(requests, queries, strict=True):
+            scores = self._golden_scores(request)
+            request["scores"] = scores.tolist()
+            request["probabilities"] = self.probabilities(scores).tolist()
+            if query is not None:
+                request["embedding"] = self.embed_query(query).tolist()
+        return requests
+
+    def _without_fit(self) -> Calibration:
+        everything = np.arange(len(self.items), dtype=np.int32)
+        nobody = UserHistory.empty()
+        reference = self.score(nobody, everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None
@@ -232,10 +255,6 @@ class LoadedVersion:
         return self.score(
             self.history_of(history, now), self.items.indexes_of(candidates), now=now, query=query
         )
-
-    def embed_query(self, query: str) -> FloatArray:
-        """Returns the normalised embedding of a search, (d,)."""
-        return self.encoder.embed(query)
 
 
 def publish(
@@ -337,9 +356,20 @@ def load_version(
     manifest, weights = load_weights(root, record)
     golden = json.loads(root.read_bytes(version_path(manifest.version, "golden.json")))
     encoder = (encoders or Encoders()).of(
-        manifest, weights.adapted_weights, weights.texts, weights.text
+        manifest, weights.adapted_weights, *_recorded(golden, weights)
     )
     return _assemble(root, manifest, weights, golden, record.user_key_id, encoder)
+
+
+def _recorded(
+    golden: Sequence[Mapping[str, Any]], weights: VersionWeights
+) -> tuple[list[str], FloatArray]:
+    """Returns texts and the embeddings (M, d) that training recorded of them."""
+    requests = [request for request in golden if "embedding" in request]
+    if not requests:  # of a version of an earlier raysys
+        return weights.texts, weights.text
+    embeddings = np.array([request["embedding"] for request in requests], np.float32)
+    return [request["query"] for request in requests], embeddings
 
 
 def read_checked(root: Root, path: str, expected: str) -> bytes:

@@ -117,6 +117,8 @@ class Follower:
     async def _follow_versions(self) -> None:
         was_ready = self._service.is_ready
         await self._service.versions.follow(self._service.view)
+        if self._service.remote is not None:
+            await self._service.remote.follow(self._service.view)
         if self._service.is_ready and not was_ready:
             self._on_first_version()
 

@@ -308,6 +308,8 @@ class ResidentVersion(BaseModel):
     version: str
     roles: list[Literal["stable", "canary", "previous"]]
     num_items: int
+    encoder: str
+    """What encodes queries: onnx, or torch where ONNX Runtime cannot, which is slow."""
 
 
 class VersionsAnswer(BaseModel):

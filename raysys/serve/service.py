@@ -10,7 +10,6 @@ cannot cost the shop a request.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import math
@@ -27,6 +26,7 @@ from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended,
 from raysys.serve.checks import check_candidates, check_filters, check_found
 from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
+from raysys.serve.isolated import RemoteCanary, RemoteError, RemoteVersion
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
 from raysys.serve.ranker import (
@@ -70,7 +70,7 @@ _logger = logging.getLogger(__name__)
 class _Choice:
     """Which version is to answer a request."""
 
-    version: Servable
+    version: Servable | RemoteVersion
     fallback: Servable | None = None
     """Answers if `version` fails."""
     arm: Arm = "stable"
@@ -97,11 +97,14 @@ class RankService:
         sample_fraction: float = 1.0,
         shadow: ShadowConfig | None = None,
         shelves: Shelves,
+        remote: RemoteCanary | None = None,
         reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = versions
+        self.remote = remote
+        """Has the canary answer elsewhere, where it is isolated."""
         self.view = NO_VIEW
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
@@ -310,9 +313,20 @@ class RankService:
                 version=version.name,
                 roles=[role for role, name in roles.items() if name == version.name],
                 num_items=len(version.items),
+                encoder=version.encoder_runtime,
             )
             for version in self.versions.all()
         ]
+        remote = self._remote_canary(self.view.canary)
+        if remote is not None:
+            resident.append(
+                ResidentVersion(
+                    version=remote.name,
+                    roles=["canary"],
+                    num_items=remote.status.num_items,
+                    encoder=remote.status.encoder_runtime,
+                )
+            )
         names = {version.version for version in resident}
         wanted = dict.fromkeys(name for name in roles.values() if name and name not in names)
         failures = self.versions.failures()
@@ -332,7 +346,7 @@ class RankService:
             raise ApiError(503, "no version is loaded yet; retry when GET /v1/readyz says ok")
         if view.canary is None or view.rollout_id is None:
             return _Choice(version=stable)
-        canary = self.versions.get(view.canary)
+        canary = self.versions.get(view.canary) or self._remote_canary(view.canary)
         arm = assign(sticky_key, rollout_id=view.rollout_id, weight_fraction=view.weight_fraction)
         if canary is None:
             outcome: Outcome = "ok" if arm == "stable" else "canary_not_loaded"
@@ -347,7 +361,7 @@ class RankService:
         )
 
     def _forced(self, name: str) -> _Choice:
-        version = self.versions.get(name)
+        version = self.versions.get(name) or self._remote_canary(name)
         if version is None:
             known = ", ".join(v.name for v in self.versions.all()) or "none yet"
             raise ApiError(
@@ -367,13 +381,27 @@ class RankService:
             outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
             return await self._rank_with(choice.fallback, task), outcome
 
-    async def _rank_with(self, version: Servable, task: Task) -> Ranking:
+    async def rank_for_others(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks for a replica that has not got this version: see `serve.isolated`."""
+        version = self.versions.get(name)
+        if version is None:
+            return RemoteError(kind="scores", message=f"canary {name} is not resident")
         try:
-            if task.query and not version.knows_query(task.query):
-                # The text encoder takes its time.
-                ranking = await asyncio.to_thread(self._ranked, version, task)
-            else:
-                ranking = self._ranked(version, task)
+            return await self._rank_with(version, task)
+        except (ApiError, ScoresError) as error:
+            _logger.exception("canary %s has no ranking", name)
+            return RemoteError.of(error)
+
+    def _remote_canary(self, name: str | None) -> RemoteVersion | None:
+        return None if self.remote is None else self.remote.get(name)
+
+    async def _rank_with(self, version: Servable | RemoteVersion, task: Task) -> Ranking:
+        if isinstance(version, RemoteVersion):
+            return await version.rank(task)
+        try:
+            if task.query:
+                await self.versions.ready(version, task.query)  # the text encoder takes its time
+            ranking = self._ranked(version, task)
             if not isinstance(task.selection, Given):
                 check_found(ranking.item_ids, version, self.versions, self.view)
         except (ScoresError, ApiError):

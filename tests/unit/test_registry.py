@@ -171,6 +171,28 @@ def test_versions_in_one_process_share_its_encoder(
     assert load_version(local_root, record).knows_query("w5") is False, "another process"
 
 
+def test_onnx_runtime_has_to_embed_golden_queries_as_training_recorded(
+    publish_version: Publish, local_root: Root
+) -> None:
+    """Of an earlier version, which recorded none, it has to embed texts as they are stored."""
+
+    def with_embedding(change: Callable[[list[float]], list[float]] | None) -> str:
+        def changed(data: bytes) -> bytes:
+            requests = json.loads(data)
+            for request in requests:
+                vector = request.pop("embedding", None)
+                if change and vector:
+                    request["embedding"] = change(vector)
+            return json.dumps(requests).encode()
+
+        record = rewritten(local_root, publish_version(), "golden.json", changed)
+        return load_version(local_root, record).encoder_runtime
+
+    assert with_embedding(lambda vector: vector) == "onnx"
+    assert with_embedding(None) == "onnx"
+    assert with_embedding(lambda vector: [value + 2e-4 for value in vector]) == "torch"
+
+
 def test_users_with_different_histories_get_different_scores(
     publish_version: Publish, local_root: Root, histories: pl.DataFrame
 ) -> None:
@@ -452,3 +474,49 @@ def test_scores_of_a_pointwise_version_are_log_odds_where_nothing_was_fitted(
     version = load_version(local_root, publish_version(loss="pointwise"))
     assert version.calibration.event == "trained"
     assert version.probabilities(np.array([0.0], np.float32)).tolist() == [0.5]
+
+
+def test_the_golden_requests_catch_another_calibration(
+    publish_version: Publish, local_root: Root
+) -> None:
+    calibration = Calibration(slope=0.5, intercept=-9.0, event="taken")
+    record = publish_version(calibration=calibration)
+    load_version(local_root, record).check_golden()
+    wrong = rewritten(
+        local_root, record, "manifest.json", lambda data: data.replace(b"-9.0", b"-9.01")
+    )
+    with pytest.raises(ArtifactError, match=f"{VERSION} gives a golden request probabilities"):
+        load_version(local_root, wrong).check_golden()
+
+
+def test_a_version_of_before_calibration_is_served_as_it_was(
+    publish_version: Publish, local_root: Root
+) -> None:
+    def manifest_of_schema_2(data: bytes) -> bytes:
+        body = json.loads(data)
+        del body["calibration"]
+        return json.dumps({**body, "schema_version": 2}).encode()
+
+    def golden_of_then(data: bytes) -> bytes:
+        return json.dumps(
+            [{k: v for k, v in r.items() if k != "probabilities"} for r in json.loads(data)]
+        ).encode()
+
+    record = rewritten(local_root, publish_version(), "manifest.json", manifest_of_schema_2)
+    record = rewritten(local_root, record, "golden.json", golden_of_then)
+    version = load_version(local_root, record)
+    version.check_golden()
+    assert version.manifest.calibration is None and version.calibration.event == "next"
+
+
+@pytest.mark.parametrize("slope", ["-1.0", "NaN"])
+def test_a_calibration_that_would_turn_the_ranking_round_is_refused(
+    publish_version: Publish, local_root: Root, slope: str
+) -> None:
+    calibration = Calibration(slope=0.625, intercept=-9.0, event="taken")
+    record = rewritten(
+        local_root, publish_version(calibration=calibration), "manifest.json",
+        lambda data: data.replace(b"0.625", slope.encode()),
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* slope >= 0"):
+        load_version(local_root, record)

@@ -35,6 +35,7 @@ from raysys.serve.limits import (
 )
 from raysys.serve.pages import add_pages
 from raysys.serve.replica import Replica
+from raysys.serve.samples import add_samples
 from raysys.serve.schema import (
     AdsAnswer,
     AdsRequest,
@@ -104,6 +105,7 @@ def create_api(replica: Replica, config: HttpConfig) -> FastAPI:
     _add_ranking(app, replica.service)
     _add_status(app, replica)
     _add_steering(app, replica)
+    add_samples(app)
     return app
 
 

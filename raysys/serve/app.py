@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from raysys.config import load_config
@@ -86,7 +87,10 @@ class RankerArgs(BaseModel):
 @serve.deployment(
     num_replicas=1,
     ray_actor_options={"num_cpus": 0.3},
-    max_ongoing_requests=1000,  # feedback waits for its file, which takes no CPU
+    # The gates of serve.limits refuse before these are reached, unless bodies are slow to arrive.
+    max_ongoing_requests=1000,
+    max_queued_requests=1000,
+    backpressure_config=BackpressureConfig(retry_after_s=1),
     health_check_period_s=10.0,
     graceful_shutdown_timeout_s=10.0,
 )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
+from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
 from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
@@ -19,7 +24,7 @@ from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.shadow import ShadowCounts
 from raysys.rollout.view import RolloutView
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
 from raysys.serve.keys import Keys
@@ -29,6 +34,7 @@ from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
 from raysys.serve.shadow import Outcome as ShadowOutcome
 from raysys.serve.shelf import Shelves
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
@@ -261,15 +267,17 @@ class FakeReplica:
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
-        self.replica = Replica(self.service, follower, impressions, feedback)
+        steering = Steering(self.log, config or RolloutConfig(), follower.adopt)
+        self.replica = Replica(self.service, follower, impressions, feedback, steering)
 
     def append(self, record: Record) -> None:
         self.log.transact(lambda state: record)
 
     @contextmanager
-    def client(self) -> Iterator[TestClient]:
+    def client(self, http: HttpConfig | None = None) -> Iterator[TestClient]:
         """The HTTP API, from its start to its end."""
-        with TestClient(create_api(self.replica), raise_server_exceptions=False) as client:
+        api = create_api(self.replica, http or HttpConfig())
+        with TestClient(api, raise_server_exceptions=False) as client:
             yield client
 
     def _load(self, name: str) -> Any:
@@ -277,3 +285,22 @@ class FakeReplica:
         if isinstance(version, Exception):
             raise version
         return version
+
+
+@contextmanager
+def serving(api: FastAPI) -> Iterator[int]:
+    """An API on a real server, which parses requests as production's does; yields its port."""
+    options: Any = {"log_level": "error", "lifespan": "on"}
+    running = uvicorn.Server(uvicorn.Config(api, **options))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not running.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join(10)

@@ -12,6 +12,7 @@ model.py      how the ranker is trained, kept private and judged
 rollout.py    how a canary is put on trial on live traffic
 impressions.py  what replicas keep of what they show, and compare in the shadow
 replica.py    what a replica may take: threads, memory, time
+http.py       what a replica takes from callers, and who may steer a rollout
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
 rules.py      what the shop wants of rankings whatever the model says
@@ -27,6 +28,7 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
 from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
@@ -61,6 +63,7 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "HttpConfig",
     "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",

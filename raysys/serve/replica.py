@@ -11,6 +11,7 @@ import asyncio
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
 from raysys.serve.service import RankService
+from raysys.serve.steering import Steering
 
 
 class Replica:
@@ -22,9 +23,11 @@ class Replica:
         follower: Follower,
         impressions: EventWriter,
         feedback: EventWriter,
+        steering: Steering,
     ) -> None:
         self.service = service
         self.follower = follower
+        self.steering = steering
         self._writers = (impressions, feedback)
         self._tasks: list[asyncio.Task[None]] = []
         self._shadow: asyncio.Task[None] | None = None

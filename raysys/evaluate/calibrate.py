@@ -76,8 +76,13 @@ class Fit:
 
 
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns `1 / (1 + exp(-log_odds))`, without overflow."""
-    out: NDArray[np.float64] = 0.5 * (1 + np.tanh(0.5 * log_odds))
+    """Returns `1 / (1 + exp(-log_odds))`, without overflow, and exact for rare events too.
+
+    >>> sigmoid(np.array([-1e9, 0.0, 1e9])).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    rare = np.exp(-np.abs(log_odds))
+    out: NDArray[np.float64] = np.where(log_odds >= 0, 1.0, rare) / (1 + rare)
     return out
 
 

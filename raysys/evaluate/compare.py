@@ -182,7 +182,9 @@ def _evaluate_shard(
     return {
         "prequential": figures.before[figures.is_ranked].tolist(),
         "holdout": both[figures.held_out & figures.is_ranked].tolist(),
-        "odds": [figures.odds.totals(half == which).tolist() for which in (0, 1)],
+        "odds": [
+            figures.odds.totals(figures.held_out & (half == which)).tolist() for which in (0, 1)
+        ],
     }
 
 

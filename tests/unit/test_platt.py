@@ -260,6 +260,12 @@ class TestProbabilities:
         assert found.dtype == np.float32
         assert (found >= 0).all() and (found <= 1).all() and (np.diff(found) >= 0).all()
 
+    def test_rare_events_keep_their_ratios(self) -> None:
+        """Ads rank by probability times bid: a rare one must not be rounded away."""
+        calibration = Calibration(slope=1.0, intercept=-40.0, event="taken")
+        one, two = calibration.probabilities(np.float32([0.0, math.log(2)]))
+        assert two / one == pytest.approx(2.0, rel=1e-5) and one > 0
+
     @pytest.mark.parametrize(
         ("slope", "intercept"), [(-0.1, 0.0), (math.nan, 0.0), (1.0, math.inf)]
     )
@@ -337,6 +343,7 @@ class TestNoisedFit:
         nobody = np.zeros(sum(part.width for part in release.parts.values()))
         assert release.fit(nobody, 0.0, np.full(len(COARSE), 1 / len(COARSE))) is None
 
+    @settings(deadline=None)
     @given(
         values=st.lists(st.floats(-5, 5), min_size=1, max_size=10),
         std=st.floats(1e-4, 10),

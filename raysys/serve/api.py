@@ -34,6 +34,7 @@ from raysys.serve.limits import (
     limited_route,
 )
 from raysys.serve.pages import add_pages
+from raysys.serve.refusals import describe
 from raysys.serve.replica import Replica
 from raysys.serve.samples import add_samples
 from raysys.serve.schema import (
@@ -54,7 +55,6 @@ from raysys.serve.schema import (
     StartRequest,
     SteerRequest,
     VersionsAnswer,
-    describe,
 )
 from raysys.serve.service import RankService
 

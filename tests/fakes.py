@@ -91,6 +91,8 @@ class FakeVersion:
         self._golden = golden
         self.users: list[str] = []
         self.queries: list[str | None] = []
+        self.known: set[str] = set()
+        self.encoder_runtime = "onnx"
         self.times: list[float] = []
 
     def history(self, user: str) -> UserHistory:
@@ -104,8 +106,15 @@ class FakeVersion:
             items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
         )
 
+    @property
+    def encoder_key(self) -> str:
+        return self.name
+
     def knows_query(self, query: str) -> bool:
-        return query in self.queries
+        return query in self.known
+
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        self.known.update(queries)
 
     def embed_query(self, query: str) -> np.ndarray:
         """Nearest to the item that the query names, then to its neighbours in the catalogue."""

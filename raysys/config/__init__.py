@@ -11,6 +11,7 @@ data.py       what an update reads and makes of it
 model.py      how the ranker is trained, kept private and judged
 rollout.py    how a canary is put on trial on live traffic
 impressions.py  what replicas keep of what they show, and compare in the shadow
+replica.py    what a replica may take: threads, memory, time
 http.py       what a replica takes from callers, and who may steer a rollout
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
@@ -38,6 +39,7 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.rules import (
@@ -72,6 +74,7 @@ __all__ = [
     "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
+    "ReplicaConfig",
     "RetrievalConfig",
     "RolloutConfig",
     "RuleConfig",

@@ -24,6 +24,7 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import RolloutConfig
 from raysys.config.rules import RuleConfig
@@ -48,6 +49,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
     shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)

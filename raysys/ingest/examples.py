@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from raysys.config import IngestConfig, LabelConfig
 from raysys.errors import PrivacyError
 from raysys.ingest.bound import sample_per_group
-from raysys.ingest.cases import build_cases, strongest
+from raysys.ingest.cases import build_cases, shown_to_held_out, strongest
 from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
 from raysys.ingest.features import Published, UserHistory, features
 from raysys.ingest.groups import in_group
@@ -147,7 +147,14 @@ def build_shard(
     _require_group(requests["user"], settings)
     window = _after_history(outcomes, before.histories)
     tried = _tried_requests(labelled, held_out, settings)
-    users = [requests["user"], window["user"], *([] if tried is None else [tried["user"]])]
+    judged = shown_to_held_out(
+        labelled.mature,
+        held_out,
+        # A request of the window is mature an attribution window later, maybe an update later.
+        settings.window_start - settings.labels.attribution_window_s,
+    )
+    users = [requests["user"], window["user"], judged["user"]]
+    users += [] if tried is None else [tried["user"]]
     lookup = _lookup(outcomes, before, pl.concat(users), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
@@ -157,6 +164,7 @@ def build_shard(
             lookup,
             settings.window_start,
             held_out.with_columns(tried=_in_group(held_out["user"], settings.tried, settings)),
+            judged,
             seed=settings.seed,
         ),
         state=_state_after(before, labelled, held_out, settings),

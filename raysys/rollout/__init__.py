@@ -5,6 +5,8 @@ progress.py    where a rollout stands, for people
 counters.py    what is counted about each version, by buckets of users
 bounds.py      bounds that hold however often one looks
 questions.py   what is asked about a canary, each with such bounds
+look.py        one look: every figure that the judge asks for
+words.py       the sentence with the figures that decided
 analysis.py    pure: counters -> Measurement
 policy.py      pure: Measurement, step -> Decision
 view.py        what replicas have to know of a rollout

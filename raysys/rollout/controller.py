@@ -214,11 +214,10 @@ class RolloutController:
     def __init__(self, config_path: str, metrics: BuildReport | None = None) -> None:
         config = load_config(config_path)
         rollout, loop = config.rollout, asyncio.get_running_loop()
-        notifier = None
+        root, notifier = Root(config.root), None
         if rollout.webhook_url is not None:
             notifier = Notifier(rollout.webhook_url, timeout_s=rollout.webhook_timeout_s)
             self._telling = loop.create_task(notifier.run())
-        root = Root(config.root)
         self._control = Control(Log(root), rollout, notifier=notifier)
         self._task = loop.create_task(self._control.run())
         if metrics is not None:

@@ -1,6 +1,7 @@
 """Live ranking: one replica holds stable and canary, splits users, and takes what came of it.
 
 schema.py       what the HTTP API takes and gives
+refusals.py     what a caller is told of a body that does not fit it
 router.py       which version answers a user
 request_id.py   signed ids that join feedback to its request
 ranker.py       the versions in memory
@@ -9,6 +10,7 @@ index.py        the nearest items of a version, exact or by a graph
 candidates.py   which items are ranked: named by the caller, or found
 rules.py        what the shop wants of rankings whatever the model says
 answer.py       ranks what was selected with one version, and writes the answer
+choice.py       which version answers a request, and which are there
 checks.py       tells the caller's mistake from a version's fault
 tally.py        what a replica counts for the rollout
 impressions.py  what was shown, as rows

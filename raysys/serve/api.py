@@ -34,7 +34,9 @@ from raysys.serve.limits import (
     limited_route,
 )
 from raysys.serve.pages import add_pages
+from raysys.serve.refusals import describe
 from raysys.serve.replica import Replica
+from raysys.serve.samples import add_samples
 from raysys.serve.schema import (
     AdsAnswer,
     AdsRequest,
@@ -53,7 +55,6 @@ from raysys.serve.schema import (
     StartRequest,
     SteerRequest,
     VersionsAnswer,
-    describe,
 )
 from raysys.serve.service import RankService
 
@@ -106,6 +107,7 @@ def create_api(replica: Replica, config: HttpConfig) -> FastAPI:
     _add_ranking(app, replica.service)
     _add_status(app, replica)
     _add_steering(app, replica)
+    add_samples(app)
     return app
 
 

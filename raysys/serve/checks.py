@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from raysys.rollout.view import RolloutView
 from raysys.serve.candidates import Chosen
 from raysys.serve.ranker import ResidentVersions, ScoresError, Servable
-from raysys.serve.schema import ApiError, Filters, name_some
+from raysys.serve.schema import ApiError, FeedbackRequest, Filters, name_some
 
 
 def check_candidates(
@@ -77,4 +77,19 @@ def check_filters(filters: Filters | None, versions: ResidentVersions) -> None:
                 422,
                 f"filters.{name}: {name_some(lost)} is of no item of a version in memory; leave "
                 "it out until an update has read item rows with it",
+            )
+
+
+def check_ranks(request: FeedbackRequest, num_shown: int) -> None:
+    """Refuses places that the answer does not have, which would count for or against a version.
+
+    Raises:
+      ApiError: 422 an event has one.
+    """
+    for number, event in enumerate(request.events):
+        if event.rank is not None and event.rank > num_shown:
+            raise ApiError(
+                422,
+                f"events.{number}.rank: {event.rank} is beyond the {num_shown} items of "
+                "the answer; send the item's rank in it",
             )

@@ -40,6 +40,7 @@ class Replica:
 
     async def stop(self) -> None:
         """Writes the events that wait, and ends the background tasks."""
+        self.service.versions.stop()
         if self._shadow is not None:
             self._shadow.cancel()
         for writer in self._writers:

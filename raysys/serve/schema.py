@@ -47,7 +47,7 @@ _MAX_AMOUNT = 1e15
 # A NUL would set apart what a terminal, a log or C code shows as one.
 _NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 _NO_NUL = r"^[^\x00]*$"
-_WITHOUT_A_REGEX = {_NOT_BLANK: "text that is not blank and has no NUL", _NO_NUL: "no NUL in it"}
+WITHOUT_A_REGEX = {_NOT_BLANK: "text that is not blank and has no NUL", _NO_NUL: "no NUL in it"}
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=_NOT_BLANK)]
 Query = Annotated[str, StringConstraints(max_length=MAX_QUERY_CHARS, pattern=_NO_NUL)]
@@ -70,25 +70,32 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def shorten(value: object) -> str:
+    """Returns a value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"
+
+
 def name_some(values: Sequence[str]) -> str:
     """Names the first values of many.
 
     >>> name_some(["a", "b"]), name_some(list("abcdefgh"))
     ("'a', 'b'", "'a', 'b', 'c', 'd', 'e' and 3 more")
     """
-    shown = ", ".join(map(_short, values[:MAX_SHOWN]))
+    shown = ", ".join(map(shorten, values[:MAX_SHOWN]))
     more = len(values) - MAX_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _check_once(item_ids: Sequence[str]) -> None:
+    if len(set(item_ids)) == len(item_ids):
+        return
     twice = [item for item, count in Counter(item_ids).items() if count > 1]
-    if twice:
-        raise PydanticCustomError(
-            "duplicates",
-            "{names} stand twice; send each candidate once",
-            {"names": name_some(twice)},
-        )
+    raise PydanticCustomError(
+        "duplicates",
+        "{names} stand twice; send each candidate once",
+        {"names": name_some(twice)},
+    )
 
 
 def _each_once(candidates: list[str]) -> list[str]:
@@ -309,6 +316,8 @@ class ResidentVersion(BaseModel):
     version: str
     roles: list[Literal["stable", "canary", "previous"]]
     num_items: int
+    encoder: str
+    """What encodes queries: onnx, or torch where ONNX Runtime cannot, which is slow."""
 
 
 class VersionsAnswer(BaseModel):
@@ -368,54 +377,3 @@ class ErrorAnswer(BaseModel):
     """The body of every answer that is not a success."""
 
     error: str
-
-
-def describe(errors: Sequence[Any]) -> tuple[int, str]:
-    """Returns the status and the one line for what pydantic found wrong; the first error speaks.
-
-    Args:
-      errors: `RequestValidationError.errors()` of FastAPI.
-    """
-    error = errors[0]
-    kind, context = error["type"], error.get("ctx", {})
-    place = ".".join(str(part) for part in error["loc"][1:])
-    if kind == "json_invalid":
-        return 400, f"the body is not JSON ({context.get('error', '')}); send one JSON object"
-    if not place:
-        return 422, "the body is not a JSON object; send one, with Content-Type: application/json"
-    return 422, f"{place}: {_problem(kind, context, error)}"
-
-
-def _problem(kind: str, context: Any, error: Any) -> str:
-    match kind:
-        case "missing":
-            return "is missing; send it"
-        case "extra_forbidden" if "filters" in error["loc"]:
-            return (
-                "is no attribute of the item table; filter by "
-                f"{', '.join(Filters.model_fields)}, or leave it out"
-            )
-        case "extra_forbidden":
-            return "is an unknown key; leave it out, or see /docs for the known ones"
-        case "too_long":
-            return f"has {context['actual_length']} entries; send at most {context['max_length']}"
-        case "too_short":
-            return f"has {context['actual_length']} entries; send at least {context['min_length']}"
-        case "string_pattern_mismatch":
-            return f"expected {_WITHOUT_A_REGEX[context['pattern']]}{_got(error)}"
-        case "duplicates" | "empty_range":
-            return str(error["msg"])
-        case _:
-            expected = error["msg"].removeprefix("Input should be ")
-            return f"expected {expected[0].lower()}{expected[1:]}{_got(error)}"
-
-
-def _got(error: Any) -> str:
-    # Callers log what they are answered, and a raw user id belongs into no log.
-    is_id_of_user = error["loc"][-1] in ("user_id", "request_id")
-    return "" if is_id_of_user else f", got {_short(error['input'])}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"

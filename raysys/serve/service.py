@@ -10,23 +10,22 @@ cannot cost the shop a request.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
 
 from raysys.config import RolloutConfig, ShadowConfig
 from raysys.partitions.schema import Surface
-from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
 from raysys.serve.answer import Ranking, Task, rank_with, render
 from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended, Selection
-from raysys.serve.checks import check_candidates, check_filters, check_found
+from raysys.serve.checks import check_candidates, check_filters, check_found, check_ranks
+from raysys.serve.choice import Choice, choose, describe_versions, stable_of
 from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
+from raysys.serve.isolated import RemoteCanary, RemoteError, RemoteVersion
 from raysys.serve.keys import Keys
 from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
 from raysys.serve.ranker import (
@@ -36,7 +35,7 @@ from raysys.serve.ranker import (
     Servable,
 )
 from raysys.serve.request_id import RequestTag, new_nonce
-from raysys.serve.router import analysis_bucket, assign
+from raysys.serve.router import analysis_bucket
 from raysys.serve.schema import (
     AdsRequest,
     AnyRequest,
@@ -45,10 +44,8 @@ from raysys.serve.schema import (
     FeedbackRequest,
     RankRequest,
     RecommendRequest,
-    ResidentVersion,
     SearchRequest,
     VersionsAnswer,
-    name_some,
 )
 from raysys.serve.shadow import Outcome as ShadowOutcome
 from raysys.serve.shadow import Ranked, Shadow, ShadowRequest
@@ -64,21 +61,6 @@ MAX_TS_AHEAD_S = 3600.0
 """Clocks of clients may be ahead by so much."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Choice:
-    """Which version is to answer a request."""
-
-    version: Servable
-    fallback: Servable | None = None
-    """Answers if `version` fails."""
-    arm: Arm = "stable"
-    is_counted: bool = False
-    outcome: Outcome = "ok"
-    """If all goes well."""
-    propensity: float = 1.0
-    """Probability that the split chooses so."""
 
 
 class RankService:
@@ -97,11 +79,14 @@ class RankService:
         sample_fraction: float = 1.0,
         shadow: ShadowConfig | None = None,
         shelves: Shelves,
+        remote: RemoteCanary | None = None,
         reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = versions
+        self.remote = remote
+        """Has the canary answer elsewhere, where it is isolated."""
         self.view = NO_VIEW
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
@@ -133,7 +118,7 @@ class RankService:
     @property
     def is_ready(self) -> bool:
         """Whether a version can answer."""
-        return self._stable() is not None
+        return stable_of(self.view, self.versions) is not None
 
     def report_state(self) -> None:
         """Tells the metrics the rollout's weight and the versions in memory."""
@@ -195,7 +180,7 @@ class RankService:
         self._check_ts(request.ts, now)
         nonce = new_nonce()
         sticky = request.user_id or request.request_id or nonce
-        choice = self._choose(sticky, forced_version)
+        choice = choose(sticky, forced_version, self.view, self.versions, self.remote)
         # A session is no user: it must not share the pseudonym of a user of the same id.
         user = sticky if request.user_id is not None else f"\0anonymous {sticky}"
         key = self._keys.current  # for the whole request, whatever is rotated meanwhile
@@ -278,7 +263,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
-        _check_ranks(request, tag.num_shown)
+        check_ranks(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -304,63 +289,9 @@ class RankService:
 
     def resident(self) -> VersionsAnswer:
         """Says which versions are in memory, and which are not and why."""
-        roles: dict[Literal["stable", "canary", "previous"], str | None] = {
-            "stable": self.view.stable,
-            "canary": self.view.canary,
-            "previous": self.view.previous,
-        }
-        resident = [
-            ResidentVersion(
-                version=version.name,
-                roles=[role for role, name in roles.items() if name == version.name],
-                num_items=len(version.items),
-            )
-            for version in self.versions.all()
-        ]
-        names = {version.version for version in resident}
-        wanted = dict.fromkeys(name for name in roles.values() if name and name not in names)
-        failures = self.versions.failures()
-        missing = {name: failures.get(name, "is being loaded") for name in wanted}
-        return VersionsAnswer(versions=resident, missing=missing)
+        return describe_versions(self.view, self.versions, self.remote)
 
-    def _stable(self) -> Servable | None:
-        """Stable, or what was stable until its successor is loaded."""
-        named = self.versions.get(self.view.stable) or self.versions.get(self.view.previous)
-        return named or next(iter(self.versions.all()), None)
-
-    def _choose(self, sticky_key: str, forced_version: str | None) -> _Choice:
-        view, stable = self.view, self._stable()
-        if forced_version is not None:
-            return self._forced(forced_version)
-        if stable is None:
-            raise ApiError(503, "no version is loaded yet; retry when GET /v1/readyz says ok")
-        if view.canary is None or view.rollout_id is None:
-            return _Choice(version=stable)
-        canary = self.versions.get(view.canary)
-        arm = assign(sticky_key, rollout_id=view.rollout_id, weight_fraction=view.weight_fraction)
-        if canary is None:
-            outcome: Outcome = "ok" if arm == "stable" else "canary_not_loaded"
-            return _Choice(version=stable, arm=arm, outcome=outcome)
-        # Neither side counts before both can answer: they are compared over the same time.
-        is_counted = stable.name == view.stable
-        weight = view.weight_fraction
-        if arm == "stable":
-            return _Choice(version=stable, is_counted=is_counted, propensity=1 - weight)
-        return _Choice(
-            version=canary, fallback=stable, arm=arm, is_counted=is_counted, propensity=weight
-        )
-
-    def _forced(self, name: str) -> _Choice:
-        version = self.versions.get(name)
-        if version is None:
-            known = ", ".join(v.name for v in self.versions.all()) or "none yet"
-            raise ApiError(
-                404,
-                f"X-Raysys-Version: version {name_some([name])} is not resident; resident: {known}",
-            )
-        return _Choice(version=version, outcome="forced")
-
-    async def _rank_or_fall_back(self, task: Task, choice: _Choice) -> tuple[Ranking, Outcome]:
+    async def _rank_or_fall_back(self, task: Task, choice: Choice) -> tuple[Ranking, Outcome]:
         try:
             return await self._rank_with(choice.version, task), choice.outcome
         except ScoresError as error:
@@ -371,13 +302,24 @@ class RankService:
             outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
             return await self._rank_with(choice.fallback, task), outcome
 
-    async def _rank_with(self, version: Servable, task: Task) -> Ranking:
+    async def rank_for_others(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks for a replica that has not got this version: see `serve.isolated`."""
+        version = self.versions.get(name)
+        if version is None:
+            return RemoteError(kind="scores", message=f"canary {name} is not resident")
         try:
-            if task.query and not version.knows_query(task.query):
-                # The text encoder takes its time.
-                ranking = await asyncio.to_thread(self._ranked, version, task)
-            else:
-                ranking = self._ranked(version, task)
+            return await self._rank_with(version, task)
+        except (ApiError, ScoresError) as error:
+            _logger.exception("canary %s has no ranking", name)
+            return RemoteError.of(error)
+
+    async def _rank_with(self, version: Servable | RemoteVersion, task: Task) -> Ranking:
+        if isinstance(version, RemoteVersion):
+            return await version.rank(task)
+        try:
+            if task.query:
+                await self.versions.ready(version, task.query)  # the text encoder takes its time
+            ranking = self._ranked(version, task)
             if not isinstance(task.selection, Given):
                 check_found(ranking.item_ids, version, self.versions, self.view)
         except (ScoresError, ApiError):
@@ -437,14 +379,3 @@ class RankService:
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )
-
-
-def _check_ranks(request: FeedbackRequest, num_shown: int) -> None:
-    """Refuses places that the answer does not have, which would count for or against a version."""
-    for number, event in enumerate(request.events):
-        if event.rank is not None and event.rank > num_shown:
-            raise ApiError(
-                422,
-                f"events.{number}.rank: {event.rank} is beyond the {num_shown} items of "
-                "the answer; send the item's rank in it",
-            )

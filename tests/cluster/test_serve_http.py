@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 
 from raysys.rollout.controller import RolloutController
 from raysys.serve.app import Ranker, RankerArgs
@@ -40,6 +41,7 @@ def url(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_refusals_pass_the_proxy_as_the_replica_made_them(url: str) -> None:
+    assert RAY_SERVE_ENABLE_HA_PROXY, "another proxy would prove nothing of this one"
     rank, body = f"{url}/v1/rank", {"candidates": ["apple"]}
     with httpx.Client(timeout=30) as client:
         for response in (client.get(f"{url}/v1/readyz"), client.post(rank, json=body)):

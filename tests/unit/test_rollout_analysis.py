@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from raysys.config import RolloutConfig
-from raysys.rollout.analysis import MIN_USER_BUCKETS, judge
+from raysys.rollout.analysis import judge
 from raysys.rollout.bounds import cluster_variance
 from raysys.rollout.counters import (
     NUM_BUCKETS,
     SURFACES,
     VersionCounters,
 )
+from raysys.rollout.look import MIN_USER_BUCKETS
 
 CONFIG = RolloutConfig(
     min_requests=500,
@@ -283,7 +284,7 @@ def test_a_clearly_worse_canary_is_failed() -> None:
 
 
 def test_a_canary_with_more_errors_is_failed() -> None:
-    assert verdicts(50, by_judge, bad=(0.06, 0.005), num_looks=60)["failed"] == 50
+    assert verdicts(50, by_judge, bad=(0.06, 0.005), num_looks=80)["failed"] == 50
 
 
 def test_a_better_canary_is_passed() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from raysys.config import Analysis, Pause, RolloutConfig, Step
 from raysys.ledger.records import RolloutPhase
-from raysys.rollout.analysis import AnalysisPhase, Measurement, VersionTotals
+from raysys.rollout.analysis import AnalysisPhase, Measurement
+from raysys.rollout.look import VersionTotals
 from raysys.rollout.policy import Decision, DecisionKind, decide
 
 CONFIG = RolloutConfig(deadline_s=3600.0)

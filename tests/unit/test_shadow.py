@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -231,6 +232,11 @@ USERS = [f"user-{n}" for n in range(8)]
 
 
 class TestReplica:
+    @pytest.fixture(autouse=True)
+    def _never_busy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However slow the machine of the tests is."""
+        monkeypatch.setattr("raysys.serve.shadow.MAX_LAG_S", math.inf)
+
     def test_an_identical_canary_at_weight_0_is_compared_and_answers_nobody(
         self, local_root: Root
     ) -> None:

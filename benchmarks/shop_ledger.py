@@ -58,18 +58,17 @@ def records() -> Iterator[Record]:
     """Yields records without end."""
     stable = None
     for number in itertools.count(1):
-        start = _start(number, stable)
-        yield start
+        begun = start(number, stable)
+        yield begun
         for _ in range(NUM_HEARTBEATS):
-            yield LeaseRenewed(update_id=start.update_id, owner=_OWNER, lease_expires_at=1e9)
-        commit = _commit(start, number)
-        yield commit
-        assert commit.version is not None
+            yield LeaseRenewed(update_id=begun.update_id, owner=_OWNER, lease_expires_at=1e9)
+        yield commit(begun, number)
+        version = version_of(begun)
         if stable is not None and number % 10 == 0:
-            yield _rollout(number, "canary", stable, commit.version)
-            yield _rollout(number, "promoted", commit.version, None)
+            yield _rollout(number, "canary", stable, version)
+            yield _rollout(number, "promoted", version, None)
         if stable is None or number % 10 == 0:
-            stable = commit.version
+            stable = version
 
 
 def write(root: Path, first: int, num: int, source: Iterator[Record], prev: str) -> str:
@@ -86,7 +85,8 @@ def write(root: Path, first: int, num: int, source: Iterator[Record], prev: str)
     return prev
 
 
-def _start(number: int, base: str | None) -> UpdateStarted:
+def start(number: int, base: str | None) -> UpdateStarted:
+    """Returns the start of update `number`, which reads two days."""
     return UpdateStarted(
         update_id=f"u{number:04d}-{number * 2654435761 % 2**24:06x}",
         owner=_OWNER,
@@ -103,26 +103,32 @@ def _start(number: int, base: str | None) -> UpdateStarted:
     )
 
 
-def _commit(start: UpdateStarted, number: int) -> UpdateCommitted:
-    version = f"v{number:04d}-{start.update_id[-6:]}"
+def version_of(begun: UpdateStarted) -> str:
+    """Returns the name of the version that an update makes."""
+    return f"v{begun.update_id[1:]}"
+
+
+def commit(begun: UpdateStarted, number: int) -> UpdateCommitted:
+    """Returns the commit of all that `begun` reserved."""
+    version = version_of(begun)
     names = ("head.safetensors", "adapter.safetensors", "items.parquet", "manifest.json")
     return UpdateCommitted(
-        update_id=start.update_id,
+        update_id=begun.update_id,
         owner=_OWNER,
         version=version,
         verdict="passed",
         reason="ndcg10 0.3127 against 0.3101",
-        base_version=start.base_version,
-        partitions=start.partitions,
+        base_version=begun.base_version,
+        partitions=begun.partitions,
         item_files=(),
-        watermark=start.partitions[-1].key.rpartition("=")[2],
+        watermark=begun.partitions[-1].key.rpartition("=")[2],
         num_rows=1_204_311,
         num_users=80_112,
         row_counts={"impression": 1_100_000, "click": 90_000, "duplicate": 14_311},
         quarantined_files={},
         artifacts={f"versions/{version}/{name}": "0" * 64 for name in names},
         metrics=_METRICS,
-        config_hash=start.config_hash,
+        config_hash=begun.config_hash,
         seed=number,
         private=True,
         spent=_SPEND,

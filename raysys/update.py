@@ -33,7 +33,7 @@ from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted, User
 from raysys.ledger.state import State
 from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
-from raysys.model.encoder import resolve_encoder, weights_sha256
+from raysys.model.encoder_files import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import RolloutConfig
-from raysys.ingest.features import UserHistory
+from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
+from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.rollout.view import RolloutView
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
 from raysys.serve.keys import Keys
@@ -26,20 +32,40 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.serve.shelf import Shelves
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
 
 
-class FakeItems:
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.ids = list(ids)
+CATEGORY_OF = {"apple": "fruit", "bread": "bakery", "cheese": "dairy", "dates": "fruit"}
+BRANDS = ("acme", "umbra")
+HALF_LIFE_S = 28 * 86_400.0
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def index_of(self, item_id: str) -> int | None:
-        return self.ids.index(item_id) if item_id in self.ids else None
+def item_table(ids: Sequence[str], **changes: Any) -> ItemTable:
+    """Items of 1, 2, 3 ... in price, of two brands in turn; the last is the most popular."""
+    category_of = [CATEGORY_OF.get(i, "other") for i in ids]
+    categories = list(dict.fromkeys(category_of))
+    num = len(ids)
+    values: dict[str, Any] = {
+        "ids": list(ids),
+        "texts": list(map(", ".join, zip(ids, category_of, strict=True))),
+        "category": np.array(
+            [categories.index(CATEGORY_OF.get(i, "other")) for i in ids], np.int32
+        ),
+        "category_names": tuple(categories),
+        "brand": np.arange(num, dtype=np.int32) % 2,
+        "brand_names": BRANDS,
+        "price": np.arange(1, num + 1, dtype=np.float32),
+        "popularity": np.arange(num, dtype=np.float32),
+        "trend": np.zeros(num, np.float32),
+        "as_of": 0.0,
+        "half_life_s": HALF_LIFE_S,
+    }
+    return ItemTable(**{**values, **changes})
 
 
 class FakeVersion:
@@ -48,7 +74,7 @@ class FakeVersion:
     def __init__(
         self,
         name: str,
-        items: Sequence[str] = ITEMS,
+        items: Sequence[str] | ItemTable = ITEMS,
         *,
         score: Callable[[np.ndarray], np.ndarray] | None = None,
         golden: Exception | None = None,
@@ -56,38 +82,59 @@ class FakeVersion:
     ) -> None:
         self.name = name
         self.user_key_id = user_key_id
-        self.items: Any = FakeItems(items)
+        self.items = items if isinstance(items, ItemTable) else item_table(items)
+        self.text_of_item = np.arange(len(self.items), dtype=np.int32)
+        # On a quarter of a circle: the further apart in the catalogue, the less similar.
+        angle = np.linspace(0, np.pi / 2, len(self.items))
+        self.text_vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         self._score = score
         self._golden = golden
         self.users: list[str] = []
         self.queries: list[str | None] = []
+        self.known: set[str] = set()
+        self.encoder_runtime = "onnx"
         self.times: list[float] = []
 
     def history(self, user: str) -> UserHistory:
         self.users.append(user)
         return UserHistory.empty()
 
-    def history_of(self, item_ids: Sequence[str], now: float) -> Any:
-        return [self.items.index_of(item) for item in item_ids]
+    def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory:
+        items = self.items.indexes_of(item_ids)
+        ones = np.ones(len(items))
+        return UserHistory.empty().extend(
+            items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
+        )
+
+    @property
+    def encoder_key(self) -> str:
+        return self.name
 
     def knows_query(self, query: str) -> bool:
-        return query in self.queries
+        return query in self.known
+
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        self.known.update(queries)
+
+    def embed_query(self, query: str) -> np.ndarray:
+        """Nearest to the item that the query names, then to its neighbours in the catalogue."""
+        place = self.items.index_of(query.split()[0].lower()) or 0
+        return self.text_vectors[place] if len(self.items) else np.zeros(2, np.float32)
 
     def score(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> np.ndarray:
         self.queries.append(query)
         self.times.append(now)
         scores = -candidates.astype(np.float32)
-        if isinstance(history, list):
-            scores += 100 * np.isin(candidates, history)
+        scores += 100 * np.isin(candidates, history.items)
         return self._score(scores) if self._score else scores
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         return (0.5 * (1 + np.tanh(0.5 * scores.astype(np.float64)))).astype(np.float32)
 
     def explain(
-        self, history: Any, candidates: np.ndarray, *, now: float, query: str | None
+        self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None
     ) -> dict[str, np.ndarray]:
         """What the user knows is `repeat`, the rest is the place in the catalogue."""
         scores = self.score(history, candidates, now=now, query=query)
@@ -110,19 +157,40 @@ class FakeMetrics:
         self.outcomes: list[tuple[str, Outcome]] = []
         self.num_feedback = 0
         self.num_dropped = 0
+        self.num_written = 0
+        self.num_shown = 0
+        self.rejections: list[str] = []
         self.resident: set[str] = set()
+        self.failing: set[str] = set()
+        self.shadowed_by: list[tuple[str, ShadowOutcome]] = []
+        self.shadow = ShadowCounts()
 
     def ranked(self, *, version: str, surface: str, outcome: Outcome, latency_ms: float) -> None:
         self.outcomes.append((version, outcome))
 
-    def feedback(self, *, version: str, surface: str, num_events: int) -> None:
-        self.num_feedback += num_events
+    def shown(self, *, version: str, surface: str, num_items: int) -> None:
+        self.num_shown += num_items
 
-    def dropped(self, num_events: int) -> None:
+    def feedback(self, *, version: str, surface: str, kinds: Iterable[str]) -> None:
+        self.num_feedback += len(list(kinds))
+
+    def rejected(self, endpoint: str) -> None:
+        self.rejections.append(endpoint)
+
+    def written(self, file: str, num_events: int) -> None:
+        self.num_written += num_events
+
+    def dropped(self, file: str, num_events: int) -> None:
         self.num_dropped += num_events
 
-    def state(self, *, weight_fraction: float, resident: Iterable[str]) -> None:
-        self.resident = set(resident)
+    def state(
+        self, *, weight_fraction: float, resident: Iterable[str], failing: Iterable[str]
+    ) -> None:
+        self.resident, self.failing = set(resident), set(failing)
+
+    def shadowed(self, *, version: str, outcome: ShadowOutcome, counts: ShadowCounts) -> None:
+        self.shadowed_by.append((version, outcome))
+        self.shadow = counts
 
 
 class FakeController:
@@ -165,6 +233,12 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        impressions_interval_s: float = 0.01,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
+        rules: Sequence[RuleConfig] = (),
+        retrieval: RetrievalConfig | None = None,
+        reserve: float = 0.0,
     ) -> None:
         self.root = root
         self.log = Log(root)
@@ -174,8 +248,10 @@ class FakeReplica:
         self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
-        impressions = EventWriter(root, "impressions", interval_s=0.01)
-        feedback = EventWriter(root, "feedback", interval_s=0.01)
+        impressions = EventWriter(
+            root, "impressions", interval_s=impressions_interval_s, metrics=self.metrics
+        )
+        feedback = EventWriter(root, "feedback", interval_s=0.01, metrics=self.metrics)
         self.service = RankService(
             replica_id="replica-1",
             config=config or RolloutConfig(),
@@ -184,18 +260,24 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            sample_fraction=sample_fraction,
+            shadow=shadow,
+            shelves=Shelves(retrieval or RetrievalConfig(), rules),
+            reserve=reserve,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
-        self.replica = Replica(self.service, follower, impressions, feedback)
+        steering = Steering(self.log, config or RolloutConfig(), follower.adopt)
+        self.replica = Replica(self.service, follower, impressions, feedback, steering)
 
     def append(self, record: Record) -> None:
         self.log.transact(lambda state: record)
 
     @contextmanager
-    def client(self) -> Iterator[TestClient]:
+    def client(self, http: HttpConfig | None = None) -> Iterator[TestClient]:
         """The HTTP API, from its start to its end."""
-        with TestClient(create_api(self.replica), raise_server_exceptions=False) as client:
+        api = create_api(self.replica, http or HttpConfig())
+        with TestClient(api, raise_server_exceptions=False) as client:
             yield client
 
     def _load(self, name: str) -> Any:
@@ -203,3 +285,22 @@ class FakeReplica:
         if isinstance(version, Exception):
             raise version
         return version
+
+
+@contextmanager
+def serving(api: FastAPI) -> Iterator[int]:
+    """An API on a real server, which parses requests as production's does; yields its port."""
+    options: Any = {"log_level": "error", "lifespan": "on"}
+    running = uvicorn.Server(uvicorn.Config(api, **options))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not running.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join(10)

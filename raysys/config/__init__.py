@@ -6,12 +6,17 @@
 Every job takes `--config FILE`, and the Serve application reads the same file, so that an update
 and the replicas that serve it cannot disagree. Unknown keys are errors, units are in the names.
 
-shop.py     all sections together
-data.py     what an update reads and makes of it
-model.py    how the ranker is trained, kept private and judged
-rollout.py  how a canary is put on trial on live traffic
-tune.py     which hyperparameters are tried, and how that is charged
-load.py     YAML -> Config
+shop.py       all sections together
+data.py       what an update reads and makes of it
+model.py      how the ranker is trained, kept private and judged
+rollout.py    how a canary is put on trial on live traffic
+impressions.py  what replicas keep of what they show, and compare in the shadow
+replica.py    what a replica may take: threads, memory, time
+http.py       what a replica takes from callers, and who may steer a rollout
+tune.py       which hyperparameters are tried, and how that is charged
+retrieval.py  how candidates are found, and what an ad has to be worth
+rules.py      what the shop wants of rankings whatever the model says
+load.py       YAML -> Config
 """
 
 from raysys.config.data import (
@@ -23,6 +28,8 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -32,27 +39,47 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
+from raysys.config.rules import (
+    BlockRule,
+    BoostRule,
+    CategoryCapRule,
+    PinRule,
+    RuleConfig,
+)
 from raysys.config.shop import Config
 from raysys.config.tune import TuneConfig
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "AdsConfig",
     "Analysis",
+    "BlockRule",
+    "BoostRule",
+    "CategoryCapRule",
     "ChangeOutcome",
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "HttpConfig",
+    "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",
     "ModelConfig",
     "PartitionConfig",
     "Pause",
+    "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
+    "ReplicaConfig",
+    "RetrievalConfig",
     "RolloutConfig",
+    "RuleConfig",
     "SchemaConfig",
+    "ShadowConfig",
     "Step",
     "TrainConfig",
     "TuneConfig",

@@ -15,6 +15,8 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
@@ -22,7 +24,10 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
+from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import RolloutConfig
+from raysys.config.rules import RuleConfig
 from raysys.config.tune import WHY_RANDOM, TuneConfig
 
 
@@ -44,7 +49,14 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
+    shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
+    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
+    rules: tuple[RuleConfig, ...] = ()
 
     def __post_init__(self) -> None:
         require(

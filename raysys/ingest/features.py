@@ -125,6 +125,9 @@ class ItemTable:
     """(N,) log ratio of the newest period to the average, in [-1, 1]; 0 where unknown."""
     as_of: float
     half_life_s: float
+    category_names: tuple[str, ...] = ()
+    """By code."""
+    brand_names: tuple[str, ...] = ()
     _index: dict[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -136,8 +139,7 @@ class ItemTable:
 
     def indexes_of(self, item_ids: Sequence[str]) -> IndexArray:
         """Returns the indexes of those items that the catalogue has."""
-        lookup = self._lookup()
-        found = (lookup.get(item_id) for item_id in item_ids)
+        found = map(self._lookup().get, item_ids)
         return np.array([i for i in found if i is not None], np.int32)
 
     def published(self, items: IndexArray, now: float | NDArray[np.float64]) -> Published:
@@ -208,7 +210,8 @@ def _own_features(
     out[:, 15] = 1.0
     for column, codes in ((12, items.category), (14, items.brand)):
         mine, theirs = codes[history.items], codes[candidates]
-        by_code = np.bincount(mine + 1, decayed, max(codes.max(initial=-1) + 2, 1))
+        # As many as these items need: a look at all codes of a large catalogue would cost more.
+        by_code = np.bincount(mine + 1, decayed, theirs.max(initial=-1) + 2)
         by_code[0] = 0.0  # code -1 is "unknown", which is not a shared taste
         out[:, column] = by_code[theirs + 1] / total
         if column == 12:

@@ -69,16 +69,20 @@ class ItemState:
         """Returns what the features read."""
         frame = self.catalogue
         popularity, trend = self.statistics()
+        category, category_names = _codes(frame["category"])
+        brand, brand_names = _codes(frame["brand"])
         return ItemTable(
             ids=frame["item_id"].to_list(),
             texts=item_texts(frame),
-            category=_codes(frame["category"]),
-            brand=_codes(frame["brand"]),
+            category=category,
+            brand=brand,
             price=frame["price"].fill_null(float("nan")).to_numpy().astype(np.float32),
             popularity=popularity,
             trend=trend,
             as_of=self.as_of,
             half_life_s=self.half_life_s,
+            category_names=category_names,
+            brand_names=brand_names,
         )
 
     def statistics(self) -> tuple[FloatArray, FloatArray]:
@@ -277,7 +281,7 @@ def _upgraded(scalars: dict[str, Any]) -> dict[str, Any]:
     return scalars
 
 
-def _codes(column: pl.Series) -> NDArray[np.int32]:
+def _codes(column: pl.Series) -> tuple[NDArray[np.int32], tuple[str, ...]]:
     known = column.unique(maintain_order=True).drop_nulls().to_list()
     codes = {value: code for code, value in enumerate(known)}
-    return np.array([codes.get(value, -1) for value in column.to_list()], np.int32)
+    return np.array([codes.get(value, -1) for value in column.to_list()], np.int32), tuple(known)

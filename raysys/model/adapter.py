@@ -21,7 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from raysys.config import Config, ModelConfig, with_values
 from raysys.errors import ConfigError
 from raysys.ingest.features import FloatArray
-from raysys.model.encoder import TextEncoder, resolve_encoder
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import resolve_encoder
 from raysys.model.targets import Cut, Layout, adapted_modules, cut_of, layout_of
 
 _WHERE = ("model.adapter", "model.num_adapted_layers", "model.target_modules")

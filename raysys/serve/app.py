@@ -4,160 +4,55 @@
     curl -d '{"user_id": "alice", "candidates": ["a", "b"]}' \\
          -H 'Content-Type: application/json' localhost:8000/v1/rank
 
-`create_api` is the HTTP side on a plain FastAPI app, `Ranker` the deployment around it, and `build`
+`serve.api` is the HTTP side on a plain FastAPI app, `Ranker` the deployment around it, and `build`
 what a Serve config imports. New model versions never touch that config: replicas follow the ledger.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import functools
+import gc
+import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-import raysys
-from raysys.config import load_config
+from raysys.config import Config, load_config
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.stats import load_item_ids
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
+from raysys.registry.encoders import Encoders
 from raysys.registry.store import load_version
 from raysys.rollout.controller import RolloutController
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
+from raysys.serve.answer import Ranking, Task
+from raysys.serve.api import create_api
+from raysys.serve.auth import Tokens
+from raysys.serve.check_process import ChildCheck
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
+from raysys.serve.isolated import CanaryProcess, RemoteCanary, RemoteError, RemoteStatus
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import RayMetrics
+from raysys.serve.metrics import RayMetrics, controller_metrics
+from raysys.serve.queries import QueryBatcher
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
-from raysys.serve.schema import (
-    ApiError,
-    ErrorAnswer,
-    FeedbackAnswer,
-    FeedbackRequest,
-    HealthAnswer,
-    RankAnswer,
-    RankRequest,
-    RolloutAnswer,
-    VersionsAnswer,
-    describe,
-)
 from raysys.serve.service import RankService
+from raysys.serve.shelf import Shelves
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 LoadVersion = Callable[[Root, UpdateCommitted], Servable]
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
-}
-
-
-def create_api(replica: Replica) -> FastAPI:
-    """Returns the HTTP API of a replica, which starts and stops with it."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await replica.start()
-        yield
-        await replica.stop()
-
-    app = FastAPI(
-        title="raysys",
-        version=raysys.__version__,
-        description="Ranks candidates for a shop's users, and takes what came of it.",
-        lifespan=lifespan,
-        responses=_ERRORS,
-    )
-    _add_errors(app)
-    _add_ranking(app, replica.service)
-    _add_status(app, replica)
-    return app
-
-
-def _add_ranking(app: FastAPI, service: RankService) -> None:
-    @app.post("/v1/rank")
-    async def rank(
-        request: RankRequest, x_raysys_version: Annotated[str | None, Header()] = None
-    ) -> RankAnswer:
-        """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
-        return await service.rank(request, x_raysys_version)
-
-    @app.post("/v1/feedback")
-    async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
-        """Stores what the user did with an answer. Send items of its ranking only."""
-        return await service.feedback(request)
-
-
-def _add_status(app: FastAPI, replica: Replica) -> None:
-    service = replica.service
-
-    @app.get("/v1/versions")
-    async def versions() -> VersionsAnswer:
-        """The versions in this replica's memory."""
-        return service.resident()
-
-    @app.get("/v1/rollout")
-    async def rollout() -> RolloutAnswer:
-        """The rollout as this replica follows it, and the controller's newest measurement."""
-        view = service.view
-        return RolloutAnswer(
-            sequence=view.sequence,
-            rollout_id=view.rollout_id,
-            stable=view.stable,
-            canary=view.canary,
-            previous=view.previous,
-            weight_fraction=view.weight_fraction,
-            measurement=await replica.follower.measurement() if view.canary else None,
-        )
-
-    @app.get("/v1/healthz")
-    async def healthz() -> HealthAnswer:
-        """The replica is alive."""
-        return HealthAnswer(status="ok")
-
-    @app.get("/v1/readyz")
-    async def readyz() -> HealthAnswer:
-        """A version is loaded and answers."""
-        if not service.is_ready:
-            missing = service.resident().missing
-            why = "; ".join(missing.values()) or "no version is committed: run an update first"
-            raise ApiError(503, f"not ready: {why}")
-        return HealthAnswer(status="ok")
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Gives every error the one shape, a single line that says what to do."""
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return _error(error.status, error.message)
-
-    @app.exception_handler(RequestValidationError)
-    async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(*describe(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def bad_request(request: Request, error: HTTPException) -> JSONResponse:
-        place = f"{request.method} {request.url.path}"
-        return _error(error.status_code, f"{place}: {error.detail}; see /docs for what there is")
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        return _error(500, "internal error; the replica's log has the cause")
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": " ".join(message.split())}, status)
 
 
 class _ControllerHandle:
@@ -201,9 +96,14 @@ class RankerArgs(BaseModel):
 @serve.deployment(
     num_replicas=1,
     ray_actor_options={"num_cpus": 0.3},
-    max_ongoing_requests=1000,  # feedback waits for its file, which takes no CPU
+    # The gates of serve.limits refuse before these are reached, unless bodies are slow to arrive.
+    max_ongoing_requests=1000,
+    max_queued_requests=1000,
+    backpressure_config=BackpressureConfig(retry_after_s=1),
     health_check_period_s=10.0,
     graceful_shutdown_timeout_s=10.0,
+    # A line for each request costs a twentieth of its time; metrics and impressions say more.
+    logging_config={"enable_access_log": False},
 )
 @serve.ingress()
 class Ranker:
@@ -213,16 +113,80 @@ class Ranker:
         self,
         args: RankerArgs,
         controller: DeploymentHandle[RolloutController],
-        load: LoadVersion = load_version,
+        load: LoadVersion | None = None,
+        canary: DeploymentHandle[Canary] | None = None,
     ) -> None:
-        self._replica = open_replica(args, _ControllerHandle(controller), load)
+        self._http = load_config(args.config).http
+        process = None if canary is None else _CanaryHandle(canary)
+        # A thread that loads a version runs Python, too: the loop gets its turn sooner than by
+        # default, where a request may wait 5 ms for it each time that it waits for anything.
+        sys.setswitchinterval(0.001)
+        self._replica = open_replica(args, _ControllerHandle(controller), load, process)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._replica)
+        return create_api(self._replica, self._http)
 
 
-def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) -> Replica:
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 0.3},
+    max_ongoing_requests=100,
+    health_check_period_s=10.0,
+    graceful_shutdown_timeout_s=10.0,
+)
+class Canary:
+    """A replica without HTTP, in whose process the canary answers: see `serve.isolated`."""
+
+    def __init__(
+        self,
+        args: RankerArgs,
+        controller: DeploymentHandle[RolloutController],
+        load: LoadVersion | None = None,
+    ) -> None:
+        replica = open_replica(args, _ControllerHandle(controller), load)
+        self._service = replica.service
+        self._start = asyncio.get_running_loop().create_task(replica.follower.start())
+
+    async def rank(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks with the canary."""
+        return await self._service.rank_for_others(name, task)
+
+    async def status(self, name: str) -> RemoteStatus | None:
+        """Returns what the version is, None while it cannot answer."""
+        version = self._service.versions.get(name)
+        if version is None:
+            return None
+        return RemoteStatus(num_items=len(version.items), encoder_runtime=version.encoder_runtime)
+
+
+class _CanaryHandle:
+    """`isolated.CanaryProcess` by way of Serve."""
+
+    def __init__(self, handle: DeploymentHandle[Canary]) -> None:
+        self._handle = handle
+
+    async def rank(self, name: str, task: Task) -> Ranking | RemoteError:
+        answer = await self._handle.rank.remote(name, task)
+        assert isinstance(answer, Ranking | RemoteError)
+        return answer
+
+    async def status(self, name: str) -> RemoteStatus | None:
+        status = await self._handle.status.remote(name)
+        assert status is None or isinstance(status, RemoteStatus)
+        return status
+
+
+def open_replica(
+    args: RankerArgs,
+    controller: Controller,
+    load: LoadVersion | None = None,
+    canary: CanaryProcess | None = None,
+) -> Replica:
     """Puts a replica together from a shop's config.
+
+    Args:
+      load: `registry.store.load_version` if left out, whose versions share one encoder.
+      canary: The process that canaries answer in, None if that is this one.
 
     Raises:
       ConfigError: The config, or a key that it names, is missing or not valid.
@@ -231,36 +195,72 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     root = Root(config.root)
     log, metrics = Log(root), RayMetrics()
     impressions = EventWriter(
-        root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
+        root, "impressions", interval_s=args.impressions_interval_s, metrics=metrics
     )
-    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s, metrics=metrics)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
+    shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
         replica_id=uuid.uuid4().hex,
         config=config.rollout,
-        versions=ResidentVersions(
-            lambda name: load_named(name, root, log, keys, load),
-            lambda update_id: load_item_ids(root, update_id),
-        ),
+        versions=open_versions(config, root, log, keys, shelves, load, loads_canary=canary is None),
+        remote=None
+        if canary is None
+        else RemoteCanary(canary, timeout_s=config.replica.canary_timeout_ms / 1000),
         keys=keys,
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        sample_fraction=config.impressions.sample_fraction,
+        shadow=config.shadow,
+        shelves=shelves,
+        reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
     )
-    return Replica(service, Follower(service, log, controller), impressions, feedback)
+    # Half a million objects of torch, Ray and the version live as long as the replica. Looking
+    # through them for garbage takes 0.3 s, in which nothing else of the process runs.
+    follower = Follower(service, log, controller, on_first_version=gc.freeze)
+    steering = Steering(log, config.rollout, follower.adopt)
+    return Replica(service, follower, impressions, feedback, steering)
 
 
-def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
-    """Loads a committed version.
+def open_versions(
+    config: Config,
+    root: Root,
+    log: Log,
+    keys: Keys,
+    shelves: Shelves,
+    load: LoadVersion | None,
+    *,
+    loads_canary: bool = True,
+) -> ResidentVersions:
+    """Returns the versions of a replica, none of them loaded yet."""
+    own = config.replica
+    encoders = Encoders(num_threads=own.encoder_threads, max_cached_queries=own.max_cached_queries)
+    load_here = load or functools.partial(load_version, encoders=encoders)
+    return ResidentVersions(
+        lambda name: shelves.prepare(load_here(root, named(name, log, keys))),
+        lambda update_id: load_item_ids(root, update_id),
+        check_apart=ChildCheck(
+            lambda name: (load or load_version, root, named(name, log, keys)),
+            timeout_s=own.check_timeout_s,
+            max_bytes=own.check_max_bytes,
+        ),
+        loads_canary=loads_canary,
+        queries=QueryBatcher(max_batch=own.max_query_batch, wait_s=own.query_wait_ms / 1000),
+    )
+
+
+def named(name: str, log: Log, keys: Keys) -> UpdateCommitted:
+    """Returns the commit of a version.
 
     Raises:
       MissingKeyError: This replica has not got its user key yet, so it would find no history.
-      RaysysError: As `load`.
+      RaysysError: The ledger cannot be read.
     """
     record = log.refresh().versions[name]
     keys.of(record.user_key_id)
-    return load(root, record)
+    return record
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -271,8 +271,13 @@ def build(args: Mapping[str, Any]) -> Application:
       ValidationError: `args` is not `RankerArgs`.
     """
     parsed = RankerArgs.model_validate(args)
-    load_config(parsed.config)
+    config = load_config(parsed.config)
+    if config.http.token_file:
+        Tokens(config.http.token_file).digests()
     # Serve's decorators are typed to return the class; what they return has `bind`.
-    controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
-    application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
+    controller = RolloutController.bind(parsed.config, controller_metrics)  # type: ignore[attr-defined]
+    canary = None
+    if config.replica.isolate_canary:
+        canary = Canary.bind(parsed, controller)  # type: ignore[attr-defined]
+    application: Application = Ranker.bind(parsed, controller, None, canary)  # type: ignore[attr-defined]
     return application

@@ -16,16 +16,17 @@ import datetime
 import hashlib
 import logging
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import polars as pl
 
 from raysys.partitions.layout import events_prefix
 from raysys.partitions.schema import EVENT_SCHEMA
+from raysys.serve.impressions import Impressions, impressions_frame
 from raysys.serve.request_id import RequestTag
-from raysys.serve.schema import FeedbackRequest, RankedItem
+from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
 
@@ -36,39 +37,34 @@ MAX_WAITING_ROWS = 500_000
 
 Row = Mapping[str, Any]
 """Values by column of `EVENT_SCHEMA`; absent columns are null."""
+Batch = Sequence[Row] | Impressions
+"""What is added together, and dropped together."""
+
+EventFile = Literal["impressions", "feedback"]
 
 _logger = logging.getLogger(__name__)
 
 
-def impression_rows(
-    tag: RequestTag,
-    request_id: str,
-    ranking: Sequence[RankedItem],
-    *,
-    ts: float,
-    query: str | None,
-    user_key_id: str,
-) -> list[Row]:
-    """Returns one row for each item of an answer."""
-    common = _common(tag, request_id, user_key_id) | {"event_type": "impression", "query": query}
-    when = _time(ts)
-    return [
-        {
-            **common,
-            "event_id": f"{tag.nonce}-{item.rank}",
-            "item_id": item.item_id,
-            "ts": when,
-            "position": item.rank,
-        }
-        for item in ranking
-    ]
+class WriterMetrics(Protocol):
+    """What a writer reports."""
+
+    def written(self, file: EventFile, num_events: int) -> None: ...
+    def dropped(self, file: EventFile, num_events: int) -> None: ...
 
 
 def feedback_rows(
     tag: RequestTag, feedback: FeedbackRequest, *, now: float, user_key_id: str
 ) -> list[Row]:
     """Returns one row for each event. What is sent again gets the same `event_id` again."""
-    common = _common(tag, feedback.request_id, user_key_id)
+    common = {
+        "request_id": feedback.request_id,
+        "user_id": tag.pseudonym,
+        "user_key_id": user_key_id,
+        "surface": tag.surface,
+        "version": tag.version,
+        "propensity": tag.propensity,
+        "sample_fraction": tag.sample_fraction,
+    }
     return [
         {
             **common,
@@ -76,21 +72,12 @@ def feedback_rows(
             "event_type": event.event_type,
             "item_id": event.item_id,
             "ts": _time(now if event.ts is None else event.ts),
+            "position": event.rank,
             "price": event.price,
             "quantity": event.quantity,
         }
         for event in feedback.events
     ]
-
-
-def _common(tag: RequestTag, request_id: str, user_key_id: str) -> dict[str, Any]:
-    return {
-        "request_id": request_id,
-        "user_id": tag.pseudonym,
-        "user_key_id": user_key_id,
-        "surface": tag.surface,
-        "version": tag.version,
-    }
 
 
 def _event_id(nonce: str, *parts: object) -> str:
@@ -108,27 +95,29 @@ class EventWriter:
     def __init__(
         self,
         root: Root,
-        prefix: str,
+        prefix: EventFile,
         *,
         interval_s: float,
-        on_drop: Callable[[int], None] = lambda num_rows: None,
+        metrics: WriterMetrics | None = None,
         max_waiting_rows: int = MAX_WAITING_ROWS,
     ) -> None:
         """Makes a writer of files `<prefix>-<uuid>.parquet`, at most one a day and interval."""
         self._root = root
         self._prefix = prefix
         self._interval_s = interval_s
-        self._on_drop = on_drop
+        self._metrics = metrics
         self._max_waiting_rows = max_waiting_rows
-        self._unacknowledged: list[Row] = []
+        self._unacknowledged: deque[Batch] = deque()
+        self._num_unacknowledged = 0
         self._waiting: list[tuple[Sequence[Row], asyncio.Future[None]]] = []
         self._has_rows = asyncio.Event()
         self._is_full = asyncio.Event()
         self._is_closing = False
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, batch: Batch) -> None:
         """Has rows written in the background."""
-        self._unacknowledged.extend(rows)
+        self._unacknowledged.append(batch)
+        self._num_unacknowledged += len(batch)
         self._drop_oldest()
         self._wake()
 
@@ -161,47 +150,55 @@ class EventWriter:
 
     async def flush(self) -> None:
         """Writes all rows that wait now."""
-        background, self._unacknowledged = self._unacknowledged, []
+        background, self._unacknowledged = self._unacknowledged, deque()
+        self._num_unacknowledged = 0
         waiting, self._waiting = self._waiting, []
         if not self._is_closing:
             self._has_rows.clear()
             self._is_full.clear()
-        rows = [*background, *(row for rows, _ in waiting for row in rows)]
+        batches = [*background, *(rows for rows, _ in waiting)]
         try:
-            await asyncio.to_thread(self._put, rows)
+            await asyncio.to_thread(self._put, batches)
         except Exception as error:  # whatever it is, callers that wait have to be told
-            _logger.warning("%d events were not stored: %s", len(rows), error)
-            self._unacknowledged = background + self._unacknowledged
+            _logger.warning("%d events were not stored: %s", sum(map(len, batches)), error)
+            self._unacknowledged.extendleft(reversed(background))
+            self._num_unacknowledged += sum(map(len, background))
             self._drop_oldest()
             self._has_rows.set()
             _settle(waiting, error)
         else:
+            if self._metrics is not None:
+                self._metrics.written(self._prefix, sum(map(len, batches)))
             _settle(waiting, None)
 
-    def _put(self, rows: Sequence[Row]) -> None:
-        for day, of_day in _by_day(rows):
-            frame = pl.DataFrame(of_day, schema=EVENT_SCHEMA)
+    def _put(self, batches: Sequence[Batch]) -> None:
+        by_day = to_frame(batches).group_by(pl.col("ts").dt.date(), maintain_order=True)
+        for (day,), frame in by_day:
+            assert isinstance(day, datetime.date)
             name = f"{self._prefix}-{uuid.uuid4().hex}.parquet"
             self._root.put(f"{events_prefix(day)}/{name}", to_parquet(frame))
 
     def _wake(self) -> None:
         self._has_rows.set()
-        num_rows = len(self._unacknowledged) + sum(len(rows) for rows, _ in self._waiting)
+        num_rows = self._num_unacknowledged + sum(len(rows) for rows, _ in self._waiting)
         if num_rows >= MAX_BATCH_ROWS:
             self._is_full.set()
 
     def _drop_oldest(self) -> None:
-        num_dropped = len(self._unacknowledged) - self._max_waiting_rows
-        if num_dropped > 0:
-            del self._unacknowledged[:num_dropped]
-            self._on_drop(num_dropped)
+        num_dropped = 0
+        while self._num_unacknowledged - num_dropped > self._max_waiting_rows:
+            num_dropped += len(self._unacknowledged.popleft())
+        if num_dropped:
+            self._num_unacknowledged -= num_dropped
+            if self._metrics is not None:
+                self._metrics.dropped(self._prefix, num_dropped)
 
 
-def _by_day(rows: Sequence[Row]) -> Iterator[tuple[datetime.date, list[Row]]]:
-    days: defaultdict[datetime.date, list[Row]] = defaultdict(list)
-    for row in rows:
-        days[row["ts"].date()].append(row)
-    yield from sorted(days.items())
+def to_frame(batches: Sequence[Batch]) -> pl.DataFrame:
+    """Returns all rows, with the columns of `EVENT_SCHEMA`."""
+    shown = [batch for batch in batches if isinstance(batch, Impressions)]
+    rows = [row for batch in batches if not isinstance(batch, Impressions) for row in batch]
+    return pl.concat([impressions_frame(shown), pl.DataFrame(rows, schema=EVENT_SCHEMA)])
 
 
 def _settle(

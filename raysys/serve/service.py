@@ -10,43 +10,46 @@ cannot cost the shop a request.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
 
-import numpy as np
-
-from raysys.config import RolloutConfig
-from raysys.rollout.counters import Arm
+from raysys.config import RolloutConfig, ShadowConfig
+from raysys.partitions.schema import Surface
 from raysys.rollout.view import RolloutView
-from raysys.serve.feedback import EventWriter, feedback_rows, impression_rows
-from raysys.serve.keys import Key, Keys
-from raysys.serve.metrics import Metrics, Outcome
+from raysys.serve.answer import Ranking, Task, rank_with, render
+from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended, Selection
+from raysys.serve.checks import check_candidates, check_filters, check_found, check_ranks
+from raysys.serve.choice import Choice, choose, describe_versions, stable_of
+from raysys.serve.feedback import EventWriter, feedback_rows
+from raysys.serve.impressions import Impressions
+from raysys.serve.isolated import RemoteCanary, RemoteError, RemoteVersion
+from raysys.serve.keys import Keys
+from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
 from raysys.serve.ranker import (
     InvalidScoresError,
     ResidentVersions,
     ScoresError,
     Servable,
-    rank_order,
-    score,
 )
 from raysys.serve.request_id import RequestTag, new_nonce
-from raysys.serve.router import analysis_bucket, assign
+from raysys.serve.router import analysis_bucket
 from raysys.serve.schema import (
+    AdsRequest,
+    AnyRequest,
     ApiError,
     FeedbackAnswer,
     FeedbackRequest,
-    RankAnswer,
-    RankedItem,
     RankRequest,
-    ResidentVersion,
+    RecommendRequest,
+    SearchRequest,
     VersionsAnswer,
-    name_some,
 )
+from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.serve.shadow import Ranked, Shadow, ShadowRequest
+from raysys.serve.shelf import Shelves
 from raysys.serve.tally import Tally
 
 NO_VIEW = RolloutView(
@@ -58,26 +61,6 @@ MAX_TS_AHEAD_S = 3600.0
 """Clocks of clients may be ahead by so much."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Choice:
-    """Which version is to answer a request."""
-
-    version: Servable
-    fallback: Servable | None = None
-    """Answers if `version` fails."""
-    arm: Arm = "stable"
-    is_counted: bool = False
-    outcome: Outcome = "ok"
-    """If all goes well."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Ranked:
-    version: Servable
-    ranking: list[RankedItem]
-    unknown: list[str]
 
 
 class RankService:
@@ -93,10 +76,17 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
+        shelves: Shelves,
+        remote: RemoteCanary | None = None,
+        reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = versions
+        self.remote = remote
+        """Has the canary answer elsewhere, where it is isolated."""
         self.view = NO_VIEW
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
@@ -106,6 +96,10 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._sample_fraction = sample_fraction
+        self.shadow = Shadow(shadow or ShadowConfig(), self._report_shadow)
+        self._shelves = shelves
+        self._reserve = reserve
         self._max_ts_age_s = max_ts_age_s
         self._clock = clock
 
@@ -124,30 +118,69 @@ class RankService:
     @property
     def is_ready(self) -> bool:
         """Whether a version can answer."""
-        return self._stable() is not None
+        return stable_of(self.view, self.versions) is not None
 
     def report_state(self) -> None:
         """Tells the metrics the rollout's weight and the versions in memory."""
         self._metrics.state(
             weight_fraction=self.view.weight_fraction,
             resident=[version.name for version in self.versions.all()],
+            failing=self.versions.failures(),
         )
 
-    async def rank(self, request: RankRequest, forced_version: str | None = None) -> RankAnswer:
-        """Ranks the candidates of a request.
+    def report_rejection(self, endpoint: str) -> None:
+        """Tells the metrics of a request that found no room."""
+        self._metrics.rejected(endpoint)
+
+    async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
+        """Ranks the caller's candidates; returns a `RankAnswer` as JSON.
 
         Args:
           forced_version: Name of the version that is to answer; the request is not counted then.
 
         Raises:
-          ApiError: 404 the forced version is not resident, 422 unknown candidates, 500 no version
-            could score, 503 no version is loaded.
+          ApiError: 404 the forced version is not resident, 422 unknown candidates or filters, 500
+            no version could score, 503 no version is loaded. So of all four endpoints.
         """
+        return await self._answer(
+            request, forced_version, Given(request.candidates), request.surface, request.query
+        )
+
+    async def search(self, request: SearchRequest, forced_version: str | None = None) -> bytes:
+        """Finds items by a query and ranks them; returns a `SearchAnswer` as JSON."""
+        check_filters(request.filters, self.versions)
+        return await self._answer(
+            request, forced_version, Found(filters=request.filters), "search", request.query
+        )
+
+    async def recommend(
+        self, request: RecommendRequest, forced_version: str | None = None
+    ) -> bytes:
+        """Chooses items for a user and ranks them; returns a `RecommendAnswer` as JSON."""
+        check_filters(request.filters, self.versions)
+        selection = Recommended(filters=request.filters, exclude_seen=request.exclude_seen)
+        return await self._answer(request, forced_version, selection, "recommend", None)
+
+    async def ads(self, request: AdsRequest, forced_version: str | None = None) -> bytes:
+        """Ranks ads by probability times bid; returns an `AdsAnswer` as JSON."""
+        reserve = self._reserve if request.reserve is None else request.reserve
+        return await self._answer(
+            request, forced_version, GivenAds(request.candidates, reserve), "ads", request.query
+        )
+
+    async def _answer(
+        self,
+        request: AnyRequest,
+        forced_version: str | None,
+        selection: Selection,
+        surface: Surface,
+        query: str | None,
+    ) -> bytes:
         started, now = time.perf_counter(), self._clock()
         self._check_ts(request.ts, now)
         nonce = new_nonce()
         sticky = request.user_id or request.request_id or nonce
-        choice = self._choose(sticky, forced_version)
+        choice = choose(sticky, forced_version, self.view, self.versions, self.remote)
         # A session is no user: it must not share the pseudonym of a user of the same id.
         user = sticky if request.user_id is not None else f"\0anonymous {sticky}"
         key = self._keys.current  # for the whole request, whatever is rotated meanwhile
@@ -155,28 +188,54 @@ class RankService:
             nonce=nonce,
             answered_at=now,
             version=choice.version.name,
-            surface=request.surface,
+            surface=surface,
             pseudonym=key.chain.pseudonym(user),
             has_user=request.user_id is not None,
             rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
+            propensity=choice.propensity,
+            sample_fraction=self._sample_fraction,
+        )
+        task = Task(
+            selection=selection,
+            surface=surface,
+            query=query or None,
+            k=request.k,
+            explain=request.explain,
+            when=now if request.ts is None else request.ts,
+            user=user,
+            history=request.history,
         )
         try:
-            ranked, outcome = await self._rank_or_fall_back(request, user, choice, now)
+            ranking, outcome = await self._rank_or_fall_back(task, choice)
         except ScoresError as error:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
-        tag = dataclasses.replace(tag, version=ranked.version.name)
-        answer = RankAnswer(
-            request_id=key.request_ids.sign(tag),
-            version=tag.version,
-            ranking=ranked.ranking,
-            unknown_candidates=ranked.unknown,
+        tag = dataclasses.replace(
+            tag,
+            version=ranking.version,
+            num_shown=len(ranking.item_ids),
+            propensity=None if outcome in FELL_BACK else choice.propensity,
         )
-        self._add_impressions(answer, tag, key, request, now)
+        request_id = key.request_ids.sign(tag)
+        if tag.is_kept:
+            self._impressions.add(
+                Impressions(
+                    tag=tag,
+                    request_id=request_id,
+                    item_ids=ranking.item_ids,
+                    ts=task.when,
+                    query=query,
+                    user_key_id=key.key_id,
+                )
+            )
+        answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
         self._count(tag, outcome, started)
+        self._metrics.shown(version=tag.version, surface=surface, num_items=tag.num_shown)
+        if self.shadow.draws(nonce):
+            self._offer_to_shadow(task)
         return answer
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackAnswer:
@@ -192,7 +251,7 @@ class RankService:
             # The id is not shown: it may be a user's that was sent by mistake.
             raise ApiError(
                 404,
-                "request_id: is not the id of an answer; send the request_id that POST /v1/rank "
+                "request_id: is not the id of an answer; send the request_id that the items were "
                 "answered with",
             )
         tag, key = signed.tag, signed.key
@@ -204,6 +263,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
+        check_ranks(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -214,7 +274,8 @@ class RankService:
         if self.tally is not None and counts and not signed.is_outdated:
             for event in request.events:
                 self.tally.converted(tag, event.event_type, event.rank)
-        self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
+        kinds = [event.event_type for event in request.events]
+        self._metrics.feedback(version=tag.version, surface=tag.surface, kinds=kinds)
         return FeedbackAnswer(accepted=len(rows))
 
     def _check_ts(self, ts: float | None, now: float) -> None:
@@ -228,136 +289,80 @@ class RankService:
 
     def resident(self) -> VersionsAnswer:
         """Says which versions are in memory, and which are not and why."""
-        roles: dict[Literal["stable", "canary", "previous"], str | None] = {
-            "stable": self.view.stable,
-            "canary": self.view.canary,
-            "previous": self.view.previous,
-        }
-        resident = [
-            ResidentVersion(
-                version=version.name,
-                roles=[role for role, name in roles.items() if name == version.name],
-                num_items=len(version.items),
-            )
-            for version in self.versions.all()
-        ]
-        names = {version.version for version in resident}
-        wanted = dict.fromkeys(name for name in roles.values() if name and name not in names)
-        failures = self.versions.failures()
-        missing = {name: failures.get(name, "is being loaded") for name in wanted}
-        return VersionsAnswer(versions=resident, missing=missing)
+        return describe_versions(self.view, self.versions, self.remote)
 
-    def _stable(self) -> Servable | None:
-        """Stable, or what was stable until its successor is loaded."""
-        named = self.versions.get(self.view.stable) or self.versions.get(self.view.previous)
-        return named or next(iter(self.versions.all()), None)
-
-    def _choose(self, sticky_key: str, forced_version: str | None) -> _Choice:
-        view, stable = self.view, self._stable()
-        if forced_version is not None:
-            return self._forced(forced_version)
-        if stable is None:
-            raise ApiError(503, "no version is loaded yet; retry when GET /v1/readyz says ok")
-        if view.canary is None or view.rollout_id is None:
-            return _Choice(version=stable)
-        canary = self.versions.get(view.canary)
-        arm = assign(sticky_key, rollout_id=view.rollout_id, weight_fraction=view.weight_fraction)
-        if canary is None:
-            outcome: Outcome = "ok" if arm == "stable" else "canary_not_loaded"
-            return _Choice(version=stable, arm=arm, outcome=outcome)
-        # Neither side counts before both can answer: they are compared over the same time.
-        is_counted = stable.name == view.stable
-        if arm == "stable":
-            return _Choice(version=stable, is_counted=is_counted)
-        return _Choice(version=canary, fallback=stable, arm=arm, is_counted=is_counted)
-
-    def _forced(self, name: str) -> _Choice:
-        version = self.versions.get(name)
-        if version is None:
-            known = ", ".join(v.name for v in self.versions.all()) or "none yet"
-            raise ApiError(
-                404,
-                f"X-Raysys-Version: version {name_some([name])} is not resident; resident: {known}",
-            )
-        return _Choice(version=version, outcome="forced")
-
-    async def _rank_or_fall_back(
-        self, request: RankRequest, user: str, choice: _Choice, now: float
-    ) -> tuple[_Ranked, Outcome]:
+    async def _rank_or_fall_back(self, task: Task, choice: Choice) -> tuple[Ranking, Outcome]:
         try:
-            return await self._rank_with(choice.version, request, user, now), choice.outcome
+            return await self._rank_with(choice.version, task), choice.outcome
         except ScoresError as error:
             if choice.fallback is None:
                 raise
             _logger.exception("stable answers a request in the canary's place")
             invalid = isinstance(error, InvalidScoresError)
             outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
-            return await self._rank_with(choice.fallback, request, user, now), outcome
+            return await self._rank_with(choice.fallback, task), outcome
 
-    async def _rank_with(
-        self, version: Servable, request: RankRequest, user: str, now: float
-    ) -> _Ranked:
-        places = {item: version.items.index_of(item) for item in request.candidates}
-        unknown = [item for item, place in places.items() if place is None]
-        if unknown:
-            self._check_unknown(version, unknown, len(places))
-        known = [item for item, place in places.items() if place is not None]
-        candidates = np.array([place for place in places.values() if place is not None], np.int32)
-        when = now if request.ts is None else request.ts
-
-        def scores_of() -> list[RankedItem]:
-            history = (
-                # Its histories may be of an earlier key than the current one, or of a later.
-                version.history(self._keys.of(version.user_key_id).chain.pseudonym(user))
-                if request.history is None
-                else version.history_of(request.history, when)
-            )
-            scores = score(version, history, candidates, when, request.query or None)
-            order = rank_order(known, scores)[: request.k]
-            return [
-                RankedItem(item_id=known[i], score=float(scores[i]), rank=rank)
-                for rank, i in enumerate(order, 1)
-            ]
-
+    async def rank_for_others(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks for a replica that has not got this version: see `serve.isolated`."""
+        version = self.versions.get(name)
+        if version is None:
+            return RemoteError(kind="scores", message=f"canary {name} is not resident")
         try:
-            if request.query and not version.knows_query(request.query):
-                ranking = await asyncio.to_thread(scores_of)  # the text encoder takes its time
-            else:
-                ranking = scores_of()
-        except ScoresError:
+            return await self._rank_with(version, task)
+        except (ApiError, ScoresError) as error:
+            _logger.exception("canary %s has no ranking", name)
+            return RemoteError.of(error)
+
+    async def _rank_with(self, version: Servable | RemoteVersion, task: Task) -> Ranking:
+        if isinstance(version, RemoteVersion):
+            return await version.rank(task)
+        try:
+            if task.query:
+                await self.versions.ready(version, task.query)  # the text encoder takes its time
+            ranking = self._ranked(version, task)
+            if not isinstance(task.selection, Given):
+                check_found(ranking.item_ids, version, self.versions, self.view)
+        except (ScoresError, ApiError):
             raise
         except Exception as error:
             raise ScoresError(f"version {version.name} could not score the request") from error
-        return _Ranked(version=version, ranking=ranking, unknown=unknown)
+        return ranking
 
-    def _check_unknown(self, version: Servable, unknown: list[str], num_candidates: int) -> None:
-        """Tells the caller's mistake, the version's fault, and an item that is newer than it."""
-        nowhere = [item for item in unknown if not self.versions.is_known(item)]
-        if nowhere or (len(unknown) == num_candidates and version.name != self.view.canary):
-            raise ApiError(
-                422,
-                f"candidates: {name_some(nowhere or unknown)} are not in the catalogue of version "
-                f"{version.name}; leave them out until an update has read their item rows",
-            )
-        stable = self.versions.get(self.view.stable)
-        if version.name == self.view.canary and stable is not None:
-            lost = [item for item in unknown if stable.items.index_of(item) is not None]
-            if lost:
-                raise ScoresError(f"canary {version.name} lacks items of stable: {name_some(lost)}")
+    def _ranked(self, version: Servable, task: Task) -> Ranking:
+        def check(chosen: Chosen) -> None:
+            check_candidates(chosen, version, self.versions, self.view)
 
-    def _add_impressions(
-        self, answer: RankAnswer, tag: RequestTag, key: Key, request: RankRequest, now: float
-    ) -> None:
-        self._impressions.add(
-            impression_rows(
-                tag,
-                answer.request_id,
-                answer.ranking,
-                ts=now if request.ts is None else request.ts,
-                query=request.query,
-                user_key_id=key.key_id,
+        history = (
+            # Its histories may be of an earlier key than the current one, or of a later.
+            version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
+            if task.history is None
+            else version.history_of(task.history, task.when)
+        )
+        shelf = self._shelves.of(version)
+        return rank_with(version, shelf, task, history, check)
+
+    def _offer_to_shadow(self, task: Task) -> None:
+        stable, canary = (self.versions.get(name) for name in (self.view.stable, self.view.canary))
+        if stable is None or canary is None or self.view.analysis_id is None:
+            return
+        # All candidates are compared; what was found by search is what would be shown.
+        k = None if isinstance(task.selection, Given) else task.k
+        whole = dataclasses.replace(task, k=k, explain=False)
+
+        def rank(version: Servable) -> Ranked:
+            ranking = self._ranked(version, whole)
+            worth = ranking.expected_values
+            return Ranked(ranking.item_ids, ranking.scores if worth is None else worth)
+
+        self.shadow.offer(
+            ShadowRequest(
+                analysis_id=self.view.analysis_id, stable=stable, canary=canary, rank=rank
             )
         )
+
+    def _report_shadow(self, request: ShadowRequest, outcome: ShadowOutcome) -> None:
+        counts = self.shadow.counts(request.analysis_id)
+        self._metrics.shadowed(version=request.canary.name, outcome=outcome, counts=counts)
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000

@@ -210,13 +210,16 @@ def test_replicas_and_updates_read_the_mounted_config(objects: tuple[Object, ...
         assert command[command.index("--config") + 1] in files
 
 
-def test_the_shop_config_is_valid_and_its_key_is_mounted(objects: tuple[Object, ...]) -> None:
+def test_the_shop_config_is_valid_and_its_secrets_are_mounted(objects: tuple[Object, ...]) -> None:
     config = parse_config(yaml.safe_load(_only(objects, "ConfigMap")["data"]["config.yaml"]))
-    folder = str(PurePosixPath(config.pseudonyms.key_file).parent)
-    for name, template in _pod_templates(objects):
-        if name in ("head", "workers"):
-            volume = {"name": _mounts(template)[folder]}
-            assert any(volume.items() <= v.items() and "secret" in v for v in _volumes(template))
+    for file in (config.pseudonyms.key_file, config.http.token_file):
+        folder = str(PurePosixPath(file).parent)
+        for name, template in _pod_templates(objects):
+            if name in ("head", "workers"):
+                mounted = _mounts(template)[folder]
+                (volume,) = (v for v in _volumes(template) if v["name"] == mounted)
+                # Everyone else is shut out: a token file that others may read is refused.
+                assert volume["secret"]["defaultMode"] == 0o440
 
 
 def _volumes(template: Object) -> list[Object]:

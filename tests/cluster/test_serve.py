@@ -197,7 +197,7 @@ def test_a_rollout_runs_from_start_to_abort_and_again_to_promotion(shop: Shop) -
     assert rollout is not None
     assert (rollout.actor, rollout.stable, rollout.previous) == ("controller", CANARY, STABLE)
     assert rollout.measurement is not None
-    assert rollout.measurement["canary"]["num_converted"] > 0
+    assert rollout.measurement["canary"]["num_clicked"] > 0
     assert resident(shop) == {CANARY, STABLE}
     eventually(lambda: bool(shop.root.list("events/dt=2017-07-14")), "no events were written")
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
-from raysys.model.encoder import BUNDLED, load_encoder, resolve_encoder
+from raysys.model.encoder import load_encoder
+from raysys.model.encoder_files import BUNDLED, resolve_encoder
 
 WHAT = "MiniLM-L6 weights, random head, torch fp32 on all cores, padded to the longest pair"
 

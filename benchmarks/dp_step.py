@@ -35,7 +35,8 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from peft import LoraConfig, get_peft_model
 
-from raysys.model.encoder import BUNDLED, load_encoder, resolve_encoder
+from raysys.model.encoder import load_encoder
+from raysys.model.encoder_files import BUNDLED, resolve_encoder
 from raysys.privacy.clipping import PerUserGradients
 from raysys.privacy.optimizer import PerUserOptimizer
 

@@ -5,8 +5,8 @@
 Catalogue, texts, prices and histories are those of a real grocery retailer (Complete Journey): its
 best-selling products, and what each household bought in the last weeks. Versions are published and
 committed by the project's own code, and a replica checks and loads them as any other. They differ
-by random heads and encoder matrices, and their text embeddings are random unit vectors: what they
-rank is of no worth, what it costs is that of real ones.
+by some noise in the head and in a matrix of the encoder, as if an update had trained them: what
+they rank is of no worth, what it costs is that of real ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from raysys.ingest.shard_state import shard_path
 from raysys.ingest.stats import ItemState, release, save_item_state, upsert
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateStarted
-from raysys.model.encoder import BUNDLED, BUNDLED_SHA256, load_encoder, resolve_encoder
+from raysys.model.encoder import TextEncoder, TokenActivations
+from raysys.model.encoder_files import BUNDLED, BUNDLED_SHA256
 from raysys.model.scorer import Head
 from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
@@ -42,6 +43,7 @@ HISTORY_DAYS = 90
 MAX_ITEMS_A_HISTORY = 500
 NOW = datetime.datetime(2017, 12, 31, tzinfo=datetime.UTC).timestamp()
 ADAPTED = "encoder.layer.5.output.dense"
+MAX_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +73,10 @@ def write_shop(
     sold = load_transactions().with_columns(pl.col("ts").dt.timestamp("ms") / 1000)
     items = _item_state(sold, num_items)
     histories = _histories(sold, items, keys)
-    texts, _ = text_indexes(items.table())
+    encoder = TextEncoder(BUNDLED, MAX_TOKENS)
+    texts = encoder.activations(text_indexes(items.table())[0])
     versions = [
-        _publish(root, number, items, histories, texts, keys.key_id)
+        _publish(root, number, items, histories, _weights(encoder, texts, number), keys.key_id)
         for number in range(1, num_versions + 1)
     ]
     return Shop(
@@ -125,7 +128,7 @@ def _publish(
     number: int,
     items: ItemState,
     histories: pl.DataFrame,
-    texts: list[str],
+    weights: VersionWeights,
     user_key_id: str,
 ) -> str:
     """Writes state and version of one update, and commits it."""
@@ -133,9 +136,7 @@ def _publish(
     update_id, version = begun.update_id, shop_ledger.version_of(begun)
     save_item_state(root, update_id, items)
     root.put(shard_path(update_id, "histories", 0, 1), to_parquet(histories))
-    artifacts = publish(
-        root, _manifest(version, begun), _weights(texts, number), adapter={}, report="# Random\n"
-    )
+    artifacts = publish(root, _manifest(version, begun), weights, adapter={}, report="# None\n")
     commit = shop_ledger.commit(begun, number)
     log = Log(root)
     _append(log, begun)
@@ -147,17 +148,16 @@ def _append(log: Log, record: Record) -> None:
     log.transact(lambda state: record)
 
 
-def _weights(texts: list[str], seed: int) -> VersionWeights:
+def _weights(encoder: TextEncoder, texts: TokenActivations, seed: int) -> VersionWeights:
     rng = np.random.default_rng(seed)
-    module = load_encoder(resolve_encoder(BUNDLED)).get_submodule(ADAPTED)
-    matrix = module.weight.numpy()
-    text = rng.normal(size=(len(texts), matrix.shape[0])).astype(np.float32)
+    matrix = encoder.model.get_submodule(ADAPTED).weight.numpy()
+    adapted = {ADAPTED: matrix + 0.01 * _noise(rng, matrix)}
     start = Head.decayed_frequency(32).weights
     return VersionWeights(
-        head=Head(weights={k: v + _noise(rng, v) for k, v in start.items()}),
-        adapted_weights={ADAPTED: matrix + 0.01 * _noise(rng, matrix)},
-        texts=texts,
-        text=text / np.linalg.norm(text, axis=1, keepdims=True),
+        head=Head(weights={name: value + _noise(rng, value) for name, value in start.items()}),
+        adapted_weights=adapted,
+        texts=texts.texts,
+        text=encoder.with_weights(adapted).finish(texts),
     )
 
 
@@ -174,7 +174,7 @@ def _manifest(version: str, begun: UpdateStarted) -> Manifest:
         encoder_sha256=BUNDLED_SHA256,
         adapter="lora",
         adapted_modules=(ADAPTED,),
-        max_tokens=16,
+        max_tokens=MAX_TOKENS,
         lora_rank=4,
         alpha=1.0,
         state=begun.update_id,

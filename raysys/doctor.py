@@ -77,7 +77,7 @@ def _key(shop: Config) -> str:
 
 def _encoder(shop: Config) -> str:
     from raysys.model.adapter import activations_cut
-    from raysys.model.encoder import resolve_encoder, weights_sha256
+    from raysys.model.encoder_files import resolve_encoder, weights_sha256
 
     folder = resolve_encoder(shop.model.encoder)
     activations_cut(shop.model)  # refuses targets that the encoder lacks

@@ -14,6 +14,7 @@
     │   ├── HealthError               training moved what it should not, or not what it should
     │   ├── TrialError                a trial failed, and with it the selection
     │   ├── ArtifactError             a version's file is missing or has another hash
+    │   ├── VersionCheckError         a version did not pass its check, so no replica serves it
     │   ├── ReplayMismatchError       a replay came out differently
     │   ├── UnknownVersionError       no version of that name was committed
     │   └── TransitionError           the rollout cannot go from this phase to that one
@@ -92,6 +93,10 @@ class TrialError(Terminal):
 
 class ArtifactError(Terminal):
     """A version's file is missing or has another hash than the ledger says."""
+
+
+class VersionCheckError(Terminal):
+    """A version did not pass its check in a process of its own, so no replica serves it."""
 
 
 class ReplayMismatchError(Terminal):

@@ -33,7 +33,7 @@ from raysys.ledger.records import KeptLoss, UpdateCommitted, UpdateStarted, User
 from raysys.ledger.state import State
 from raysys.model.adapter import activations_cut
 from raysys.model.catalogue import encode_new_texts
-from raysys.model.encoder import resolve_encoder, weights_sha256
+from raysys.model.encoder_files import resolve_encoder, weights_sha256
 from raysys.model.scorer import Head
 from raysys.partitions.discover import EVERYTHING, PartitionRange
 from raysys.partitions.layout import quarantine, staging
@@ -211,6 +211,7 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
         config=run.config.evaluate,
         num_shards=ingested.num_shards,
         after_trials=outcome.after_trials,
+        logs_impressions=_logs_impressions(ingested),
     )
     decision = judge(comparison, run.config.gate)
     run.on_progress(f"gate {decision.verdict}: {decision.reason}")
@@ -219,6 +220,11 @@ def _run(run: _Run, strategy: Strategy) -> UpdateCommitted:
         version = run.state.next_version(run.update_id)
         artifacts = _publish(run, version, outcome, ready, comparison)
     return _record(run, version, artifacts, ingested, comparison, decision, outcome)
+
+
+def _logs_impressions(ingested: Ingested) -> bool:
+    counts = ingested.label_counts["impressions"]
+    return any(counts.get(fate, 0) for fate in ("with_outcome", "without_outcome"))
 
 
 def _ingest(run: _Run) -> Ingested:
@@ -320,6 +326,7 @@ def _publish(
         loss=config.train.loss,
         decision_threshold=config.labels.decision_threshold,
         selected=outcome.selected,
+        calibration=comparison.calibration.calibration if comparison.calibration else None,
     )
     weights = VersionWeights(
         head=trained.head,

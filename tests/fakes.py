@@ -16,12 +16,19 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig
+from raysys.config import (
+    HttpConfig,
+    RetrievalConfig,
+    RolloutConfig,
+    RuleConfig,
+    ShadowConfig,
+)
 from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.rollout.view import RolloutView
 from raysys.serve.api import create_api
 from raysys.serve.feedback import EventWriter
@@ -31,6 +38,7 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shadow import Outcome as ShadowOutcome
 from raysys.serve.shelf import Shelves
 from raysys.serve.steering import Steering
 from raysys.storage import Root
@@ -89,6 +97,8 @@ class FakeVersion:
         self._golden = golden
         self.users: list[str] = []
         self.queries: list[str | None] = []
+        self.known: set[str] = set()
+        self.encoder_runtime = "onnx"
         self.times: list[float] = []
 
     def history(self, user: str) -> UserHistory:
@@ -102,8 +112,15 @@ class FakeVersion:
             items, now * ones, ones, as_of=now, half_life_s=HALF_LIFE_S
         )
 
+    @property
+    def encoder_key(self) -> str:
+        return self.name
+
     def knows_query(self, query: str) -> bool:
-        return query in self.queries
+        return query in self.known
+
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        self.known.update(queries)
 
     def embed_query(self, query: str) -> np.ndarray:
         """Nearest to the item that the query names, then to its neighbours in the catalogue."""
@@ -146,19 +163,40 @@ class FakeMetrics:
         self.outcomes: list[tuple[str, Outcome]] = []
         self.num_feedback = 0
         self.num_dropped = 0
+        self.num_written = 0
+        self.num_shown = 0
+        self.rejections: list[str] = []
         self.resident: set[str] = set()
+        self.failing: set[str] = set()
+        self.shadowed_by: list[tuple[str, ShadowOutcome]] = []
+        self.shadow = ShadowCounts()
 
     def ranked(self, *, version: str, surface: str, outcome: Outcome, latency_ms: float) -> None:
         self.outcomes.append((version, outcome))
 
-    def feedback(self, *, version: str, surface: str, num_events: int) -> None:
-        self.num_feedback += num_events
+    def shown(self, *, version: str, surface: str, num_items: int) -> None:
+        self.num_shown += num_items
 
-    def dropped(self, num_events: int) -> None:
+    def feedback(self, *, version: str, surface: str, kinds: Iterable[str]) -> None:
+        self.num_feedback += len(list(kinds))
+
+    def rejected(self, endpoint: str) -> None:
+        self.rejections.append(endpoint)
+
+    def written(self, file: str, num_events: int) -> None:
+        self.num_written += num_events
+
+    def dropped(self, file: str, num_events: int) -> None:
         self.num_dropped += num_events
 
-    def state(self, *, weight_fraction: float, resident: Iterable[str]) -> None:
-        self.resident = set(resident)
+    def state(
+        self, *, weight_fraction: float, resident: Iterable[str], failing: Iterable[str]
+    ) -> None:
+        self.resident, self.failing = set(resident), set(failing)
+
+    def shadowed(self, *, version: str, outcome: ShadowOutcome, counts: ShadowCounts) -> None:
+        self.shadowed_by.append((version, outcome))
+        self.shadow = counts
 
 
 class FakeController:
@@ -201,6 +239,9 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        impressions_interval_s: float = 0.01,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
         rules: Sequence[RuleConfig] = (),
         retrieval: RetrievalConfig | None = None,
         reserve: float = 0.0,
@@ -213,8 +254,10 @@ class FakeReplica:
         self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
-        impressions = EventWriter(root, "impressions", interval_s=0.01)
-        feedback = EventWriter(root, "feedback", interval_s=0.01)
+        impressions = EventWriter(
+            root, "impressions", interval_s=impressions_interval_s, metrics=self.metrics
+        )
+        feedback = EventWriter(root, "feedback", interval_s=0.01, metrics=self.metrics)
         self.service = RankService(
             replica_id="replica-1",
             config=config or RolloutConfig(),
@@ -223,6 +266,8 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            sample_fraction=sample_fraction,
+            shadow=shadow,
             shelves=Shelves(retrieval or RetrievalConfig(), rules),
             reserve=reserve,
             max_ts_age_s=max_ts_age_s,

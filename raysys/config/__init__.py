@@ -11,6 +11,8 @@ data.py       what an update reads and makes of it
 model.py      how the ranker is trained, kept private and judged
 rollout.py    how a canary is put on trial on live traffic
 http.py       what a replica takes from callers, and who may steer a rollout
+impressions.py  what replicas keep of what they show, and compare in the shadow
+replica.py    what a replica may take: threads, memory, time
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
 rules.py      what the shop wants of rankings whatever the model says
@@ -27,6 +29,7 @@ from raysys.config.data import (
     SchemaConfig,
 )
 from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -36,6 +39,7 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import Analysis, Pause, RolloutConfig, Step
 from raysys.config.rules import (
@@ -60,6 +64,7 @@ __all__ = [
     "EvaluateConfig",
     "GateConfig",
     "HttpConfig",
+    "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",
@@ -69,10 +74,12 @@ __all__ = [
     "PinRule",
     "PrivacyConfig",
     "PseudonymConfig",
+    "ReplicaConfig",
     "RetrievalConfig",
     "RolloutConfig",
     "RuleConfig",
     "SchemaConfig",
+    "ShadowConfig",
     "Step",
     "TrainConfig",
     "TuneConfig",

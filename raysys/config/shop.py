@@ -16,6 +16,7 @@ from raysys.config.data import (
     SchemaConfig,
 )
 from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
@@ -23,6 +24,7 @@ from raysys.config.model import (
     PrivacyConfig,
     TrainConfig,
 )
+from raysys.config.replica import ReplicaConfig
 from raysys.config.retrieval import AdsConfig, RetrievalConfig
 from raysys.config.rollout import RolloutConfig
 from raysys.config.rules import RuleConfig
@@ -47,8 +49,11 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
+    impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
+    shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
     retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
     ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
     rules: tuple[RuleConfig, ...] = ()

@@ -10,6 +10,7 @@ Shape suffix: K = candidates.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,13 +19,20 @@ from numpy.typing import NDArray
 from raysys.ingest.features import FloatArray
 
 Event = Literal["shown", "taken", "trained", "next"]
-"""What a probability is of.
+"""What a probability is of: see `EVENT_MEANINGS`."""
 
-`shown`: an outcome, if the item is shown, of a user at random and one of the items shown to that
-user. `taken`: that a user who takes anything in an evaluation window takes this item in it.
-`trained`: the outcome that a pointwise loss was trained on, as trained, not checked on anyone.
-`next`: that the one item that an unknown user takes next is this one, not checked on anyone.
-"""
+EVENT_MEANINGS: Mapping[Event, str] = {
+    "shown": (
+        "an outcome of an item that is shown: of a user at random, and one of the items that were "
+        "shown to that user without a query"
+    ),
+    "taken": (
+        "a user taking the item within the evaluation window, of users who take anything in it and "
+        "of all items of the catalogue"
+    ),
+    "trained": "an outcome as the pointwise loss was trained on; checked on nobody",
+    "next": "the next item that an unknown user takes being this one; checked on nobody",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +51,28 @@ class Calibration:
     def probabilities(self, scores: FloatArray) -> FloatArray:
         """Returns a probability in [0, 1] for each score, (K,), rising with it; NaN stays NaN."""
         return sigmoid(self.slope * scores.astype(np.float64) + self.intercept).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A calibration and how good it is."""
+
+    slope: float
+    intercept: float
+    event: Event
+    num_users: int
+    base_rate: float
+    """How often the event happened."""
+    mean_predicted: float
+    """Mean probability of the candidates."""
+    expected_error: float | None = None
+    """Mean distance of probability and observed rate over bins of candidates, each half of the
+    users judged by what was fitted on the other; None where it is not released."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """What a version keeps of it."""
+        return Calibration(slope=self.slope, intercept=self.intercept, event=self.event)
 
 
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,7 +99,7 @@ def without_fit(loss: str, reference: FloatArray) -> Calibration:
 
 def intercept_of(scores: FloatArray, rate: float) -> float:
     """Returns the intercept with which scores of slope 1 have this mean probability; finite."""
-    found = np.nan_to_num(scores.astype(np.float64), nan=0.0, posinf=1e6, neginf=-1e6)
+    found = finite(scores)
     log_rate = float(np.log(rate) - np.log1p(-rate)) if 0 < rate < 1 else 0.0
     if not len(found):
         return log_rate
@@ -78,3 +108,13 @@ def intercept_of(scores: FloatArray, rate: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if sigmoid(found + middle).mean() < rate else (low, middle)
     return (low + high) / 2
+
+
+def finite(scores: FloatArray) -> NDArray[np.float64]:
+    """Returns scores that can be counted, whatever a broken model gives."""
+    return np.nan_to_num(scores.astype(np.float64), nan=0.0, posinf=1e6, neginf=-1e6)
+
+
+def center_of(reference: FloatArray) -> float:
+    """Returns the score at which offsets begin: the mean of the public ones, (N,)."""
+    return float(finite(reference).mean()) if len(reference) else 0.0

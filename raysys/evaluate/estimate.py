@@ -70,7 +70,7 @@ class Estimate:
 
 def bounded_mean(total: NoisedSum, count: NoisedSum) -> Estimate:
     """Mean of a figure in [0, 1], from the sum of what it exceeds 1/2 by."""
-    if _is_too_few(count):
+    if is_too_few(count):
         return _UNKNOWN
     mean = 0.5 + total.value / count.value
     likely = _limited(mean, 0.0, 1.0)
@@ -79,7 +79,7 @@ def bounded_mean(total: NoisedSum, count: NoisedSum) -> Estimate:
 
 def histogram_mean(masses: NoisedSum, count: NoisedSum, knots: Array) -> Estimate:
     """Mean of a figure in [0, 1], from its histogram, which tells its variance too."""
-    if _is_too_few(count):
+    if is_too_few(count):
         return _UNKNOWN
     total = masses.weighted(knots - 0.5)
     mean = 0.5 + total.value / count.value
@@ -90,7 +90,7 @@ def histogram_mean(masses: NoisedSum, count: NoisedSum, knots: Array) -> Estimat
 
 def mean_change(total: NoisedSum, square: NoisedSum, count: NoisedSum, limit: float) -> Estimate:
     """Mean of changes in [-limit, limit], from their sum and that of squares less their middle."""
-    if _is_too_few(count):
+    if is_too_few(count):
         return _UNKNOWN
     mean = total.value / count.value
     likely = _limited(mean, -limit, limit)
@@ -124,5 +124,24 @@ def _limited(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
 
 
-def _is_too_few(count: NoisedSum) -> bool:
+def is_too_few(count: NoisedSum) -> bool:
+    """Whether noise hides how many users there are, so that no mean over them can be told."""
     return count.value < max(MIN_COUNT_STDS * count.std, 1.0)
+
+
+def shares(values: Array, stds: Array) -> Array:
+    """Returns the most likely shares, (B,), none negative and of total 1, given noisy ones.
+
+    Each gives way to the total as its variance allows.
+
+    >>> shares(np.array([0.5, 0.75, -0.25]), np.ones(3)).round(6).tolist()
+    [0.375, 0.625, 0.0]
+    """
+    low, high = float(((values - 1) / stds**2).min()), float((values / stds**2).max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_high = np.maximum(values - middle * stds**2, 0.0).sum() > 1
+        low, high = (middle, high) if too_high else (low, middle)
+    found = np.maximum(values - high * stds**2, 0.0)
+    out: Array = found / found.sum()
+    return out

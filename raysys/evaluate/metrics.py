@@ -13,6 +13,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from raysys.evaluate.calibrate import Fit
+
 METRIC_NAMES = ("ndcg10", "conversion10", "auc")
 TOP = 10
 
@@ -44,6 +46,8 @@ class Comparison:
     """Half the width that noise alone gives the interval of the difference of NDCG@10."""
     max_difference: float | None = None
     """A user's change of NDCG@10 and AUC was clipped to plus and minus this; None if it was not."""
+    calibration: Fit | None = None
+    """From the new weights' scores to probabilities; None where nobody was held out."""
 
 
 def ranking_metrics(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from raysys.evaluate.calibrate import EVENT_MEANINGS
 from raysys.evaluate.metrics import METRIC_NAMES
 from raysys.privacy.statement import Statement
 
@@ -39,8 +40,24 @@ def render_report(
     num = metrics["num_prequential_users"]
     lines += ["", f"## Before training, all users ({about}{num})", ""]
     lines += [f"- {name}: {_cell(metrics['prequential'][name])}" for name in METRIC_NAMES]
+    lines += ["", "## Probabilities", "", *_calibration(metrics["calibration"], about)]
     lines += ["", "## Privacy", "", *statement.lines()]
     return "\n".join(lines) + "\n"
+
+
+def _calibration(fit: Mapping[str, Any] | None, about: str) -> list[str]:
+    if fit is None:
+        return ["Fitted on nobody: there were too few held-out users."]
+    error = fit["expected_error"]
+    shown = "not released" if error is None else f"{error:.3g}"
+    return [
+        f"- probability of: {EVENT_MEANINGS[fit['event']]}",
+        f"- sigmoid({fit['slope']:.4g} * score {fit['intercept']:+.4g}), fitted on "
+        f"{about}{fit['num_users']} held-out users",
+        f"- base rate: {fit['base_rate']:.3g}",
+        f"- mean predicted: {fit['mean_predicted']:.3g}",
+        f"- expected calibration error, on users it was not fitted on: {shown}",
+    ]
 
 
 def _noised(max_difference: float) -> str:

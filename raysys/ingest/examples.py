@@ -20,18 +20,20 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 from numpy.typing import NDArray
 
 from raysys.config import IngestConfig, LabelConfig
 from raysys.errors import PrivacyError
 from raysys.ingest.bound import sample_per_group
-from raysys.ingest.cases import build_cases, strongest
+from raysys.ingest.cases import build_cases, shown_to_held_out, strongest
 from raysys.ingest.example_set import NUM_ATTENDED, ExampleSet
 from raysys.ingest.features import Published, UserHistory, features
 from raysys.ingest.groups import in_group
 from raysys.ingest.history import HISTORY_SCHEMA, Histories, merge_histories
 from raysys.ingest.labels import (
     IMPRESSION_SCHEMA,
+    IS_SAMPLED,
     OUTCOME_SCHEMA,
     REQUEST,
     Labelled,
@@ -133,7 +135,7 @@ def build_shard(
     shown = _publish(impressions.sort("user", "ts", "request_id", "item"), settings.timeline)
     labelled = label(
         shown,
-        outcomes.select(list(OUTCOME_SCHEMA)),
+        outcomes.select(cs.by_name(*OUTCOME_SCHEMA, IS_SAMPLED, require_all=False)),
         before.waiting,
         before.histories,
         horizon=settings.horizon,
@@ -145,7 +147,14 @@ def build_shard(
     _require_group(requests["user"], settings)
     window = _after_history(outcomes, before.histories)
     tried = _tried_requests(labelled, held_out, settings)
-    users = [requests["user"], window["user"], *([] if tried is None else [tried["user"]])]
+    judged = shown_to_held_out(
+        labelled.mature,
+        held_out,
+        # A request of the window is mature an attribution window later, maybe an update later.
+        settings.window_start - settings.labels.attribution_window_s,
+    )
+    users = [requests["user"], window["user"], judged["user"]]
+    users += [] if tried is None else [tried["user"]]
     lookup = _lookup(outcomes, before, pl.concat(users), settings)
     return ShardResult(
         examples=_examples(requests, lookup, settings),
@@ -155,6 +164,7 @@ def build_shard(
             lookup,
             settings.window_start,
             held_out.with_columns(tried=_in_group(held_out["user"], settings.tried, settings)),
+            judged,
             seed=settings.seed,
         ),
         state=_state_after(before, labelled, held_out, settings),
@@ -225,11 +235,21 @@ def _requests(
         pl.col("item", "gain", "position", "popularity", "trend"),
         shown=pl.lit(True),
     )
-    unshown = labelled.unshown.group_by(REQUEST, maintain_order=True).agg(
-        pl.col("ts").min(),
-        pl.col("query").drop_nulls().first(),
-        pl.col("item", "gain"),
-        shown=pl.lit(False),
+    # Sampled negatives show a softmax what an item is better than, whether or not others' were
+    # kept. For a probability, outcomes without the impressions that had none count double.
+    has_no_impression = [
+        labelled.unshown,
+        *([labelled.sampled_out] if settings.needs_outcome else []),
+    ]
+    unshown = (
+        pl.concat(has_no_impression)
+        .group_by(REQUEST, maintain_order=True)
+        .agg(
+            pl.col("ts").min(),
+            pl.col("query").drop_nulls().first(),
+            pl.col("item", "gain"),
+            shown=pl.lit(False),
+        )
     )
     requests = pl.concat([shown, unshown], how="diagonal")
     in_training = held_out.filter(~pl.col("held_out"))

@@ -139,8 +139,7 @@ class ItemTable:
 
     def indexes_of(self, item_ids: Sequence[str]) -> IndexArray:
         """Returns the indexes of those items that the catalogue has."""
-        lookup = self._lookup()
-        found = (lookup.get(item_id) for item_id in item_ids)
+        found = map(self._lookup().get, item_ids)
         return np.array([i for i in found if i is not None], np.int32)
 
     def published(self, items: IndexArray, now: float | NDArray[np.float64]) -> Published:
@@ -211,7 +210,8 @@ def _own_features(
     out[:, 15] = 1.0
     for column, codes in ((12, items.category), (14, items.brand)):
         mine, theirs = codes[history.items], codes[candidates]
-        by_code = np.bincount(mine + 1, decayed, max(codes.max(initial=-1) + 2, 1))
+        # As many as these items need: a look at all codes of a large catalogue would cost more.
+        by_code = np.bincount(mine + 1, decayed, theirs.max(initial=-1) + 2)
         by_code[0] = 0.0  # code -1 is "unknown", which is not a shared taste
         out[:, column] = by_code[theirs + 1] / total
         if column == 12:

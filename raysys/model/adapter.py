@@ -19,7 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from raysys.config import ModelConfig
 from raysys.ingest.features import FloatArray
-from raysys.model.encoder import TextEncoder, resolve_encoder
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import resolve_encoder
 from raysys.model.targets import Cut, Layout, adapted_modules, cut_of, layout_of
 
 NAME = "default"

@@ -22,6 +22,11 @@ from raysys.storage import Root
 
 NOT_PRIVATE = "NOT PRIVATE: trained without differential privacy (privacy.enabled: false)."
 
+_EVALUATION = (
+    "figures of evaluation, verdict of the gate, and calibration, by which scores become "
+    "probabilities"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cap:
@@ -170,12 +175,15 @@ def _covered(state: State, config: Config) -> Iterable[str]:
         "them, from counts that are bounded by user and noised"
     )
     if noised := _evaluated(state, lambda spend: spend.num_evaluations > 0):
-        yield f"figures of evaluation and verdict of the gate, {_of(noised, state)}"
+        yield f"{_EVALUATION}, {_of(noised, state)}"
     elif config.evaluate.private:
-        yield "figures of evaluation and verdict of the gate"
+        yield _EVALUATION
     if selected := [name for name, spend, _ in state.spends if spend.selection is not None]:
         yield f"which trial won, and its noised score, of {', '.join(selected)}"
-    yield "whatever is made of these alone, golden requests and embeddings of items among it"
+    yield (
+        "whatever is made of these alone, scores of golden requests and embeddings of items among "
+        "it"
+    )
 
 
 def _not_covered(state: State, config: Config) -> Iterable[str]:
@@ -186,7 +194,8 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
     yield "the catalogue (items/), which counts as public"
     yield (
         "which partitions and files there are, how large, when, and whether they could be read: a "
-        "value that makes a file unreadable takes the file's other rows with it"
+        "value that makes a file unreadable takes the file's other rows with it; also whether the "
+        "shop logs impressions"
     )
     yield (
         "exact numbers of rows and users: num_rows, num_users, row_counts, column_counts and "
@@ -195,7 +204,7 @@ def _not_covered(state: State, config: Config) -> Iterable[str]:
     exact = _evaluated(state, lambda spend: spend.num_evaluations == 0)
     if exact or not (config.evaluate.private or state.committed):
         yield (
-            "figures of evaluation and verdict of the gate, which are exact"
+            f"{_EVALUATION}, which are exact"
             f"{', ' + _of(exact, state) if exact else ''}; hence also which version the next "
             "update starts from"
         )

@@ -4,7 +4,8 @@
     UpdateCommitted -> load_version() -> LoadedVersion -> score()
 
 `LoadedVersion` is what a replica ranks with. Versions share the frozen encoder of their process and
-differ by a head, some encoder matrices and an embedding for each text.
+differ by a head, some encoder matrices and an embedding for each text. Loading one needs no torch,
+except where ONNX Runtime cannot run its encoder.
 
 Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
 """
@@ -12,12 +13,11 @@ Shape suffixes: K = candidates, M = distinct texts, d = width of the encoder.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -33,10 +33,11 @@ from raysys.ingest.history import history_slices
 from raysys.ingest.shard_state import load_histories
 from raysys.ingest.stats import load_item_state
 from raysys.ledger.records import UpdateCommitted
-from raysys.model.encoder import TextEncoder, resolve_encoder, weights_sha256
+from raysys.model.encoder_files import resolve_encoder, weights_sha256
 from raysys.model.explain import explain
 from raysys.model.scorer import Head, head_inputs, pool_history
 from raysys.partitions.layout import state_folder
+from raysys.registry.encoders import Encoders, Runtime, VersionEncoder, torch_encoder
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet
@@ -44,7 +45,8 @@ from raysys.storage.parquet import to_parquet
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a golden score: matrix kernels differ a little between processors."""
 NUM_GOLDEN_CANDIDATES = 50
-MAX_CACHED_QUERIES = 10_000
+ODD_QUERY = "Cr\u00e8me FRA\u00ceCHE, 2 x 200 g \N{GRINNING FACE}"
+"""A golden query that tells tokenizers apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,7 @@ class LoadedVersion:
         histories: Mapping[str, UserHistory],
         golden: Sequence[Mapping[str, object]] = (),
         user_key_id: str | None = None,
+        encoder: VersionEncoder | None = None,
     ) -> None:
         self.name = manifest.version
         self.manifest = manifest
@@ -80,7 +83,9 @@ class LoadedVersion:
         self._histories = histories
         place = {text: i for i, text in enumerate(weights.texts)}
         self._text_of_item: IndexArray = np.array([place[text] for text in items.texts], np.int32)
-        self._queries: OrderedDict[str, FloatArray] = OrderedDict()
+        self.encoder = encoder or torch_encoder(manifest, weights.adapted_weights)
+        self.calibration = manifest.calibration or self._without_fit()
+        """How scores become probabilities; without one of its own the best that can be said."""
 
     def history(self, user: str) -> UserHistory:
         """Returns the history of a pseudonym, an empty one if it is unknown."""
@@ -109,7 +114,25 @@ class LoadedVersion:
 
     def knows_query(self, query: str) -> bool:
         """Whether `score` needs no encoder for this query."""
-        return query in self._queries
+        return self.encoder.knows(query)
+
+    def embed_query(self, query: str) -> FloatArray:
+        """Returns the normalised embedding of a search, (d,)."""
+        return self.encoder.embed(query)
+
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        """Has `score` know these queries. Blocking, some ms for each."""
+        self.encoder.embed_all(queries)
+
+    @property
+    def encoder_key(self) -> str:
+        """Same for versions that embed queries alike."""
+        return self.encoder.key
+
+    @property
+    def encoder_runtime(self) -> Runtime:
+        """What runs its encoder."""
+        return self.encoder.runtime
 
     def score(
         self, history: UserHistory, candidates: IndexArray, *, now: float, query: str | None
@@ -119,7 +142,7 @@ class LoadedVersion:
         Args:
           candidates: (K,) indexes into `items`.
           now: UNIX seconds of the request.
-          query: Text of a search. One that is not cached yet runs the encoder (tens of ms).
+          query: Text of a search. One that is not known yet runs the encoder (some ms).
         """
         return self._weights.head.score(self._inputs(history, candidates, now, query))
 
@@ -138,15 +161,6 @@ class LoadedVersion:
         Args: as `score`. Names and meaning: `model.explain`.
         """
         return explain(self._weights.head, self._inputs(history, candidates, now, query))
-
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        """The version's own; without one the best that can be said: see `without_fit`."""
-        if self.manifest.calibration is not None:
-            return self.manifest.calibration
-        everything = np.arange(len(self.items), dtype=np.int32)
-        reference = self.score(UserHistory.empty(), everything, now=self.items.as_of, query=None)
-        return without_fit(self.manifest.loss, reference)
 
     def flags(self, scores: FloatArray) -> NDArray[np.bool_]:
         """Returns which candidates the version flags, (K,): those probable enough.
@@ -179,14 +193,26 @@ class LoadedVersion:
                     f"version {self.name} scores a golden request {worst:.4f} away from what "
                     f"training recorded (tolerance {GOLDEN_TOLERANCE}); it is not served"
                 )
+            self._check_probabilities(expected, request.get("probabilities"))
+
+    def _check_probabilities(self, scores: FloatArray, recorded: object) -> None:
+        if recorded is None:  # of a version whose manifest had schema 2 or less
+            return
+        expected, got = np.array(recorded, np.float32), self.probabilities(scores)
+        # Of the recorded scores, so they are as exact as the calibration; rare events are small.
+        if not np.allclose(got, expected, rtol=1e-4, atol=0):
+            raise ArtifactError(
+                f"version {self.name} gives a golden request probabilities up to {got.max():.3g}, "
+                f"training recorded up to {expected.max():.3g}; it is not served"
+            )
 
     def record_golden(self) -> list[dict[str, object]]:
         """Returns golden requests. Made of items alone: no user is in them."""
         ids = self.items.ids
         step = max(len(ids) // NUM_GOLDEN_CANDIDATES, 1)
         some = ids[::step][:NUM_GOLDEN_CANDIDATES]
-        queries = [None, self.items.texts[0]]
-        requests = [
+        queries = [None, self.items.texts[0], ODD_QUERY]
+        requests: list[dict[str, object]] = [
             {
                 "history": some[i : i + 3],
                 "candidates": some,
@@ -195,7 +221,19 @@ class LoadedVersion:
             }
             for i, query in enumerate(queries)
         ]
-        return [{**r, "scores": self._golden_scores(r).tolist()} for r in requests]
+        for request, query in zip(requests, queries, strict=True):
+            scores = self._golden_scores(request)
+            request["scores"] = scores.tolist()
+            request["probabilities"] = self.probabilities(scores).tolist()
+            if query is not None:
+                request["embedding"] = self.embed_query(query).tolist()
+        return requests
+
+    def _without_fit(self) -> Calibration:
+        everything = np.arange(len(self.items), dtype=np.int32)
+        nobody = UserHistory.empty()
+        reference = self.score(nobody, everything, now=self.items.as_of, query=None)
+        return without_fit(self.manifest.loss, reference)
 
     def _inputs(
         self, history: UserHistory, candidates: IndexArray, now: float, query: str | None
@@ -217,27 +255,6 @@ class LoadedVersion:
         return self.score(
             self.history_of(history, now), self.items.indexes_of(candidates), now=now, query=query
         )
-
-    @functools.cached_property
-    def _encoder(self) -> TextEncoder:
-        shared = shared_encoder(self.manifest.encoder, self.manifest.max_tokens)
-        return shared.with_weights(self._weights.adapted_weights)
-
-    def embed_query(self, query: str) -> FloatArray:
-        """Returns the normalised embedding of a search, (d,)."""
-        cached = self._queries.get(query)
-        if cached is None:
-            cached = self._encoder.embed([query])[0]
-            self._queries[query] = cached
-            while len(self._queries) > MAX_CACHED_QUERIES:
-                self._queries.popitem(last=False)
-        return cached
-
-
-@functools.cache
-def shared_encoder(name: str, max_tokens: int) -> TextEncoder:
-    """Returns the process's one copy of an encoder, which all its versions share."""
-    return TextEncoder(name, max_tokens)
 
 
 def publish(
@@ -323,8 +340,13 @@ def _by_module(tensors: dict[str, FloatArray], manifest: Manifest) -> dict[str, 
     return tensors
 
 
-def load_version(root: Root, record: UpdateCommitted) -> LoadedVersion:
+def load_version(
+    root: Root, record: UpdateCommitted, encoders: Encoders | None = None
+) -> LoadedVersion:
     """Loads a committed version for serving, after checking every file against the ledger.
+
+    Args:
+      encoders: Of this process, which its versions share.
 
     Raises:
       ArtifactError: As `load_weights`.
@@ -332,9 +354,22 @@ def load_version(root: Root, record: UpdateCommitted) -> LoadedVersion:
     for path, expected in record.artifacts.items():
         read_checked(root, path, expected)
     manifest, weights = load_weights(root, record)
-    shared_encoder(manifest.encoder, manifest.max_tokens)
     golden = json.loads(root.read_bytes(version_path(manifest.version, "golden.json")))
-    return _assemble(root, manifest, weights, golden, record.user_key_id)
+    encoder = (encoders or Encoders()).of(
+        manifest, weights.adapted_weights, *_recorded(golden, weights)
+    )
+    return _assemble(root, manifest, weights, golden, record.user_key_id, encoder)
+
+
+def _recorded(
+    golden: Sequence[Mapping[str, Any]], weights: VersionWeights
+) -> tuple[list[str], FloatArray]:
+    """Returns texts and the embeddings (M, d) that training recorded of them."""
+    requests = [request for request in golden if "embedding" in request]
+    if not requests:  # of a version of an earlier raysys
+        return weights.texts, weights.text
+    embeddings = np.array([request["embedding"] for request in requests], np.float32)
+    return [request["query"] for request in requests], embeddings
 
 
 def read_checked(root: Root, path: str, expected: str) -> bytes:
@@ -362,10 +397,11 @@ def _assemble(
     weights: VersionWeights,
     golden: Sequence[Mapping[str, object]] = (),
     user_key_id: str | None = None,
+    encoder: VersionEncoder | None = None,
 ) -> LoadedVersion:
     state = load_item_state(root, manifest.state)
     histories = history_slices(load_histories(root, manifest.state), state.as_of)
-    return LoadedVersion(manifest, weights, state.table(), histories, golden, user_key_id)
+    return LoadedVersion(manifest, weights, state.table(), histories, golden, user_key_id, encoder)
 
 
 def text_indexes(items: ItemTable) -> tuple[list[str], NDArray[np.int32]]:

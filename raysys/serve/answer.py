@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from raysys.ingest.features import FloatArray, IndexArray, UserHistory
 from raysys.partitions.schema import Surface
 from raysys.serve.candidates import Chosen, Selection
-from raysys.serve.ranker import ScoresError, Servable, score
+from raysys.serve.ranker import InvalidScoresError, Servable, score
 from raysys.serve.rules import Touched
 from raysys.serve.shelf import Shelf
 
@@ -97,7 +97,7 @@ def rank_with(
       check: Raises if what was chosen is not to be ranked.
 
     Raises:
-      ScoresError: Scores or probabilities are of another number, not finite or out of bounds.
+      InvalidScoresError: Scores or probabilities are of another number, or not finite.
     """
     chosen = task.selection.choose(version, shelf, history, task.query, task.k or 0)
     check(chosen)
@@ -136,7 +136,9 @@ def _score(version: Servable, chosen: Chosen, task: Task, history: UserHistory) 
     chances = version.probabilities(scores)
     # Written so that a NaN fails.
     if chances.shape != scores.shape or not np.all((chances >= 0) & (chances <= 1)):
-        raise ScoresError(f"version {version.name} gave probabilities that are not in [0, 1]")
+        raise InvalidScoresError(
+            f"version {version.name} gave probabilities that are not in [0, 1]"
+        )
     return _Scored(items=chosen.items, scores=scores, chances=chances, bids=chosen.bids)
 
 
@@ -156,7 +158,9 @@ def _parts(
         return []
     parts = version.explain(history, items, now=task.when, query=task.query)
     if not all(np.isfinite(values).all() for values in parts.values()):
-        raise ScoresError(f"version {version.name} explains scores by parts that are not finite")
+        raise InvalidScoresError(
+            f"version {version.name} explains scores by parts that are not finite"
+        )
     rows = zip(*(values.tolist() for values in parts.values()), strict=True)
     return [dict(zip(parts, row, strict=True)) for row in rows]
 
@@ -184,15 +188,19 @@ def render(ranking: Ranking, request_id: str, *, names_unknown: bool) -> bytes:
 
 
 def _items(ranking: Ranking) -> list[dict[str, Any]]:
-    columns: dict[str, Sequence[Any] | None] = {
-        "item_id": ranking.item_ids,
-        "rank": range(1, len(ranking.item_ids) + 1),
-        "score": ranking.scores,
-        "probability": ranking.probabilities,
+    columns = zip(ranking.item_ids, ranking.scores, ranking.probabilities, strict=True)
+    items: list[dict[str, Any]] = [
+        {"item_id": item_id, "rank": rank, "score": score, "probability": probability}
+        for rank, (item_id, score, probability) in enumerate(columns, 1)
+    ]
+    further: dict[str, Sequence[Any] | None] = {
         "bid": ranking.bids,
         "expected_value": ranking.expected_values,
         "explain": ranking.parts,
         "rules": ranking.rules,
     }
-    given = {name: values for name, values in columns.items() if values is not None}
-    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+    for name, values in further.items():
+        if values is not None:
+            for item, value in zip(items, values, strict=True):
+                item[name] = value
+    return items

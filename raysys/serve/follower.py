@@ -53,12 +53,15 @@ class Follower:
         *,
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.time,
+        on_first_version: Callable[[], None] = lambda: None,
     ) -> None:
+        """Makes a follower that calls `on_first_version` before the replica first is ready."""
         self._service = service
         self._log = log
         self._controller = controller
         self._interval_s = interval_s
         self._clock = clock
+        self._on_first_version = on_first_version
         self._has_news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -68,7 +71,7 @@ class Follower:
             self._service.adopt(RolloutView.of(await asyncio.to_thread(self._log.refresh)))
         except RaysysError as error:
             _logger.warning("the ledger cannot be read yet: %s", error)
-        await self._service.versions.follow(self._service.view)
+        await self._follow_versions()
         loops = (self._poll, self._load, self._push)
         self._tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
 
@@ -108,17 +111,26 @@ class Follower:
             self.adopt(view)
 
     async def _load(self) -> None:
-        await self._service.versions.follow(self._service.view)
+        await self._follow_versions()
         self._service.report_state()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._interval_s):
                 await self._has_news.wait()
         self._has_news.clear()
 
+    async def _follow_versions(self) -> None:
+        was_ready = self._service.is_ready
+        await self._service.versions.follow(self._service.view)
+        if self._service.remote is not None:
+            await self._service.remote.follow(self._service.view)
+        if self._service.is_ready and not was_ready:
+            self._on_first_version()
+
     async def _push(self) -> None:
         tally = self._service.tally
         if tally is not None:
             tally.refusal = self._service.versions.refusal(self._service.view)
+            tally.shadow = self._service.shadow.counts(tally.rollout_id)
             report = tally.report(self._clock())
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 tally.acknowledge(await self._controller.report(report))

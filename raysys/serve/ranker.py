@@ -2,10 +2,14 @@
 
     RolloutView -> ResidentVersions.follow() -> load, check -> resident -> score_candidates()
 
-Stable, canary and previous are resident together; what they have in common (the frozen encoder) is
-shared by the process. A version loads in a thread while the others answer, has to pass its check,
-and enters by one assignment, so that no request ever sees half of a change. A canary that does not
-pass is refused for its whole rollout; whatever else does not load is tried again.
+Stable, canary and previous are resident together; what they have in common (the frozen encoder, the
+embeddings of queries) is shared by the process. A version is first checked in a process of its own,
+if there is one here that it could take down with it; then it loads in a thread while the others
+answer, and enters by one assignment, so that no request ever sees half of a change. A canary that
+does not pass is refused for its whole rollout; whatever else does not load is tried again.
+
+A request with a query first awaits `ResidentVersions.ready(version, query)`, so that `score` runs
+no encoder on the event loop.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from numpy.typing import NDArray
 from raysys.errors import RaysysError, Transient
 from raysys.ingest.features import ItemTable, UserHistory
 from raysys.rollout.view import RolloutView
+from raysys.serve.queries import QueryBatcher
 
 RETRY_S = 5.0
 """Seconds after which a version that could not be loaded is tried again."""
@@ -47,7 +52,18 @@ class Servable(Protocol):
     def history(self, user: str) -> UserHistory: ...
     def history_of(self, item_ids: Sequence[str], now: float) -> UserHistory: ...
     def knows_query(self, query: str) -> bool: ...
+    @property
+    def encoder_key(self) -> str:
+        """Same for versions that embed queries alike."""
+
+    @property
+    def encoder_runtime(self) -> str:
+        """What runs its encoder: onnx, or torch, which is slow."""
+
     def embed_query(self, query: str) -> NDArray[np.float32]: ...
+    def embed_queries(self, queries: Sequence[str]) -> None:
+        """Has `score` know these queries. Blocking."""
+
     def score(
         self, history: UserHistory, candidates: NDArray[np.int32], *, now: float, query: str | None
     ) -> NDArray[np.float32]: ...
@@ -66,6 +82,17 @@ Load = Callable[[str], Servable]
 """Loads a committed version by name. Blocking; raises as `registry.store.load_version`."""
 LoadItemIds = Callable[[str], frozenset[str]]
 """Loads the catalogue as of an update. Blocking."""
+
+
+class CheckApart(Protocol):
+    """Tries a version where it can do no harm."""
+
+    def run(self, name: str) -> None:
+        """Returns once the version has passed. Blocking; raises as a `Load`, or
+        `VersionCheckError`."""
+
+    def stop(self) -> None:
+        """Ends what is running."""
 
 
 class ScoresError(Exception):
@@ -95,11 +122,17 @@ class ResidentVersions:
         load: Load,
         load_item_ids: LoadItemIds = lambda update_id: frozenset(),
         *,
+        check_apart: CheckApart | None = None,
+        loads_canary: bool = True,
+        queries: QueryBatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load = load
         self._load_item_ids = load_item_ids
         self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
+        self._check_apart = check_apart
+        self._loads_canary = loads_canary
+        self._queries = queries or QueryBatcher()
         self._newest_catalogue: str | None = None
         self._clock = clock
         self._resident: Mapping[str, Servable] = {}
@@ -112,6 +145,19 @@ class ResidentVersions:
     def all(self) -> list[Servable]:
         """Returns the resident versions."""
         return list(self._resident.values())
+
+    async def ready(self, version: Servable, query: str) -> None:
+        """Returns once the version knows the query; equal ones that wait are encoded once.
+
+        Raises:
+          Exception: Whatever its encoder raised.
+        """
+        await self._queries.ready(version, query)
+
+    def stop(self) -> None:
+        """Ends a check that is running."""
+        if self._check_apart is not None:
+            self._check_apart.stop()
 
     def is_known(self, item_id: str) -> bool:
         """Whether the shop has the item, as far as any version or its newest catalogue says."""
@@ -144,7 +190,8 @@ class ResidentVersions:
         Call it again and again: what cannot be loaded now is noted and tried again later.
         """
         await self._follow_catalogue(view)
-        names = [name for name in (view.stable, view.canary, view.previous) if name is not None]
+        canary = view.canary if self._loads_canary else None
+        names = [name for name in (view.stable, canary, view.previous) if name is not None]
         self._failures = {
             name: failure
             for name, failure in self._failures.items()
@@ -156,6 +203,7 @@ class ResidentVersions:
         # The old stable goes on answering until the new one can.
         if view.stable in self._resident:
             self._resident = {n: v for n, v in self._resident.items() if n in names}
+            self._queries.forget(self.all())
 
     async def _follow_catalogue(self, view: RolloutView) -> None:
         self._newest_catalogue = view.catalogue
@@ -176,6 +224,9 @@ class ResidentVersions:
 
     async def _try(self, name: str, view: RolloutView) -> None:
         try:
+            # With nothing resident there is nothing to protect, and a restart has to be quick.
+            if self._check_apart is not None and self._resident:
+                await asyncio.to_thread(self._check_apart.run, name)
             version = await asyncio.to_thread(self._load_checked, name)
         except Exception as error:
             self._note(name, view, error)
@@ -188,7 +239,9 @@ class ResidentVersions:
         version = self._load(name)
         version.check_golden()
         num_items = min(len(version.items), _NUM_CHECKED_ITEMS)
-        score(version, UserHistory.empty(), np.arange(num_items, dtype=np.int32), time.time(), None)
+        some = np.arange(num_items, dtype=np.int32)
+        # Also what a version makes once it is asked for it, so that no request waits for that.
+        version.probabilities(score(version, UserHistory.empty(), some, time.time(), None))
         return version
 
     def _note(self, name: str, view: RolloutView, error: Exception) -> None:

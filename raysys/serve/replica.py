@@ -30,14 +30,19 @@ class Replica:
         self.steering = steering
         self._writers = (impressions, feedback)
         self._tasks: list[asyncio.Task[None]] = []
+        self._shadow: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Loads what the ledger names and starts the background tasks."""
         await self.follower.start()
         self._tasks = [asyncio.create_task(writer.run()) for writer in self._writers]
+        self._shadow = asyncio.create_task(self.service.shadow.run())
 
     async def stop(self) -> None:
         """Writes the events that wait, and ends the background tasks."""
+        self.service.versions.stop()
+        if self._shadow is not None:
+            self._shadow.cancel()
         for writer in self._writers:
             writer.close()
         await asyncio.gather(*self._tasks)

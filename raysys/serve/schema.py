@@ -82,13 +82,14 @@ def name_some(values: Sequence[str]) -> str:
 
 
 def _check_once(item_ids: Sequence[str]) -> None:
+    if len(set(item_ids)) == len(item_ids):
+        return
     twice = [item for item, count in Counter(item_ids).items() if count > 1]
-    if twice:
-        raise PydanticCustomError(
-            "duplicates",
-            "{names} stand twice; send each candidate once",
-            {"names": name_some(twice)},
-        )
+    raise PydanticCustomError(
+        "duplicates",
+        "{names} stand twice; send each candidate once",
+        {"names": name_some(twice)},
+    )
 
 
 def _each_once(candidates: list[str]) -> list[str]:
@@ -309,6 +310,8 @@ class ResidentVersion(BaseModel):
     version: str
     roles: list[Literal["stable", "canary", "previous"]]
     num_items: int
+    encoder: str
+    """What encodes queries: onnx, or torch where ONNX Runtime cannot, which is slow."""
 
 
 class VersionsAnswer(BaseModel):

@@ -10,7 +10,6 @@ cannot cost the shop a request.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import math
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from raysys.config import RolloutConfig
+from raysys.config import RolloutConfig, ShadowConfig
 from raysys.partitions.schema import Surface
 from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
@@ -27,9 +26,15 @@ from raysys.serve.candidates import Chosen, Found, Given, GivenAds, Recommended,
 from raysys.serve.checks import check_candidates, check_filters, check_found
 from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
+from raysys.serve.isolated import RemoteCanary, RemoteError, RemoteVersion
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import Metrics, Outcome
-from raysys.serve.ranker import InvalidScoresError, ResidentVersions, ScoresError, Servable
+from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
+from raysys.serve.ranker import (
+    InvalidScoresError,
+    ResidentVersions,
+    ScoresError,
+    Servable,
+)
 from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
@@ -45,6 +50,8 @@ from raysys.serve.schema import (
     VersionsAnswer,
     name_some,
 )
+from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.serve.shadow import Ranked, Shadow, ShadowRequest
 from raysys.serve.shelf import Shelves
 from raysys.serve.tally import Tally
 
@@ -63,13 +70,15 @@ _logger = logging.getLogger(__name__)
 class _Choice:
     """Which version is to answer a request."""
 
-    version: Servable
+    version: Servable | RemoteVersion
     fallback: Servable | None = None
     """Answers if `version` fails."""
     arm: Arm = "stable"
     is_counted: bool = False
     outcome: Outcome = "ok"
     """If all goes well."""
+    propensity: float = 1.0
+    """Probability that the split chooses so."""
 
 
 class RankService:
@@ -85,12 +94,17 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
         shelves: Shelves,
+        remote: RemoteCanary | None = None,
         reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.versions = versions
+        self.remote = remote
+        """Has the canary answer elsewhere, where it is isolated."""
         self.view = NO_VIEW
         self.tally: Tally | None = None
         """Counts of the rollout on trial, None if there is none."""
@@ -100,6 +114,8 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._sample_fraction = sample_fraction
+        self.shadow = Shadow(shadow or ShadowConfig(), self._report_shadow)
         self._shelves = shelves
         self._reserve = reserve
         self._max_ts_age_s = max_ts_age_s
@@ -122,11 +138,16 @@ class RankService:
         """Whether a version can answer."""
         return self._stable() is not None
 
+    def rejected(self, endpoint: str) -> None:
+        """Counts a request that found no room in this replica."""
+        self._metrics.rejected(endpoint)
+
     def report_state(self) -> None:
         """Tells the metrics the rollout's weight and the versions in memory."""
         self._metrics.state(
             weight_fraction=self.view.weight_fraction,
             resident=[version.name for version in self.versions.all()],
+            failing=self.versions.failures(),
         )
 
     async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
@@ -191,6 +212,8 @@ class RankService:
             rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
+            propensity=choice.propensity,
+            sample_fraction=self._sample_fraction,
         )
         task = Task(
             selection=selection,
@@ -208,20 +231,29 @@ class RankService:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
-        tag = dataclasses.replace(tag, version=ranking.version)
-        request_id = key.request_ids.sign(tag)
-        self._impressions.add(
-            Impressions(
-                tag=tag,
-                request_id=request_id,
-                item_ids=ranking.item_ids,
-                ts=task.when,
-                query=query,
-                user_key_id=key.key_id,
-            )
+        tag = dataclasses.replace(
+            tag,
+            version=ranking.version,
+            num_shown=len(ranking.item_ids),
+            propensity=None if outcome in FELL_BACK else choice.propensity,
         )
+        request_id = key.request_ids.sign(tag)
+        if tag.is_kept:
+            self._impressions.add(
+                Impressions(
+                    tag=tag,
+                    request_id=request_id,
+                    item_ids=ranking.item_ids,
+                    ts=task.when,
+                    query=query,
+                    user_key_id=key.key_id,
+                )
+            )
         answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
         self._count(tag, outcome, started)
+        self._metrics.shown(version=tag.version, surface=surface, num_items=tag.num_shown)
+        if self.shadow.draws(nonce):
+            self._offer_to_shadow(task)
         return answer
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackAnswer:
@@ -249,6 +281,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
+        _check_ranks(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -259,7 +292,8 @@ class RankService:
         if self.tally is not None and counts and not signed.is_outdated:
             for event in request.events:
                 self.tally.converted(tag, event.event_type, event.rank)
-        self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
+        kinds = [event.event_type for event in request.events]
+        self._metrics.feedback(version=tag.version, surface=tag.surface, kinds=kinds)
         return FeedbackAnswer(accepted=len(rows))
 
     def _check_ts(self, ts: float | None, now: float) -> None:
@@ -283,9 +317,20 @@ class RankService:
                 version=version.name,
                 roles=[role for role, name in roles.items() if name == version.name],
                 num_items=len(version.items),
+                encoder=version.encoder_runtime,
             )
             for version in self.versions.all()
         ]
+        remote = self._remote_canary(self.view.canary)
+        if remote is not None:
+            resident.append(
+                ResidentVersion(
+                    version=remote.name,
+                    roles=["canary"],
+                    num_items=remote.status.num_items,
+                    encoder=remote.status.encoder_runtime,
+                )
+            )
         names = {version.version for version in resident}
         wanted = dict.fromkeys(name for name in roles.values() if name and name not in names)
         failures = self.versions.failures()
@@ -305,19 +350,22 @@ class RankService:
             raise ApiError(503, "no version is loaded yet; retry when GET /v1/readyz says ok")
         if view.canary is None or view.rollout_id is None:
             return _Choice(version=stable)
-        canary = self.versions.get(view.canary)
+        canary = self.versions.get(view.canary) or self._remote_canary(view.canary)
         arm = assign(sticky_key, rollout_id=view.rollout_id, weight_fraction=view.weight_fraction)
         if canary is None:
             outcome: Outcome = "ok" if arm == "stable" else "canary_not_loaded"
             return _Choice(version=stable, arm=arm, outcome=outcome)
         # Neither side counts before both can answer: they are compared over the same time.
         is_counted = stable.name == view.stable
+        weight = view.weight_fraction
         if arm == "stable":
-            return _Choice(version=stable, is_counted=is_counted)
-        return _Choice(version=canary, fallback=stable, arm=arm, is_counted=is_counted)
+            return _Choice(version=stable, is_counted=is_counted, propensity=1 - weight)
+        return _Choice(
+            version=canary, fallback=stable, arm=arm, is_counted=is_counted, propensity=weight
+        )
 
     def _forced(self, name: str) -> _Choice:
-        version = self.versions.get(name)
+        version = self.versions.get(name) or self._remote_canary(name)
         if version is None:
             known = ", ".join(v.name for v in self.versions.all()) or "none yet"
             raise ApiError(
@@ -337,25 +385,27 @@ class RankService:
             outcome: Outcome = "canary_invalid" if invalid else "canary_failed"
             return await self._rank_with(choice.fallback, task), outcome
 
-    async def _rank_with(self, version: Servable, task: Task) -> Ranking:
-        def check(chosen: Chosen) -> None:
-            check_candidates(chosen, version, self.versions, self.view)
-
-        def ranked() -> Ranking:
-            history = (
-                # Its histories may be of an earlier key than the current one, or of a later.
-                version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
-                if task.history is None
-                else version.history_of(task.history, task.when)
-            )
-            shelf = self._shelves.of(version)
-            return rank_with(version, shelf, task, history, check)
-
+    async def rank_for_others(self, name: str, task: Task) -> Ranking | RemoteError:
+        """Ranks for a replica that has not got this version: see `serve.isolated`."""
+        version = self.versions.get(name)
+        if version is None:
+            return RemoteError(kind="scores", message=f"canary {name} is not resident")
         try:
-            if task.query and not version.knows_query(task.query):
-                ranking = await asyncio.to_thread(ranked)  # the text encoder takes its time
-            else:
-                ranking = ranked()
+            return await self._rank_with(version, task)
+        except (ApiError, ScoresError) as error:
+            _logger.exception("canary %s has no ranking", name)
+            return RemoteError.of(error)
+
+    def _remote_canary(self, name: str | None) -> RemoteVersion | None:
+        return None if self.remote is None else self.remote.get(name)
+
+    async def _rank_with(self, version: Servable | RemoteVersion, task: Task) -> Ranking:
+        if isinstance(version, RemoteVersion):
+            return await version.rank(task)
+        try:
+            if task.query:
+                await self.versions.ready(version, task.query)  # the text encoder takes its time
+            ranking = self._ranked(version, task)
             if not isinstance(task.selection, Given):
                 check_found(ranking.item_ids, version, self.versions, self.view)
         except (ScoresError, ApiError):
@@ -363,6 +413,42 @@ class RankService:
         except Exception as error:
             raise ScoresError(f"version {version.name} could not score the request") from error
         return ranking
+
+    def _ranked(self, version: Servable, task: Task) -> Ranking:
+        def check(chosen: Chosen) -> None:
+            check_candidates(chosen, version, self.versions, self.view)
+
+        history = (
+            # Its histories may be of an earlier key than the current one, or of a later.
+            version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
+            if task.history is None
+            else version.history_of(task.history, task.when)
+        )
+        shelf = self._shelves.of(version)
+        return rank_with(version, shelf, task, history, check)
+
+    def _offer_to_shadow(self, task: Task) -> None:
+        stable, canary = (self.versions.get(name) for name in (self.view.stable, self.view.canary))
+        if stable is None or canary is None or self.view.analysis_id is None:
+            return
+        # All candidates are compared; what was found by search is what would be shown.
+        k = None if isinstance(task.selection, Given) else task.k
+        whole = dataclasses.replace(task, k=k, explain=False)
+
+        def rank(version: Servable) -> Ranked:
+            ranking = self._ranked(version, whole)
+            worth = ranking.expected_values
+            return Ranked(ranking.item_ids, ranking.scores if worth is None else worth)
+
+        self.shadow.offer(
+            ShadowRequest(
+                analysis_id=self.view.analysis_id, stable=stable, canary=canary, rank=rank
+            )
+        )
+
+    def _report_shadow(self, request: ShadowRequest, outcome: ShadowOutcome) -> None:
+        counts = self.shadow.counts(request.analysis_id)
+        self._metrics.shadowed(version=request.canary.name, outcome=outcome, counts=counts)
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000
@@ -379,3 +465,14 @@ class RankService:
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )
+
+
+def _check_ranks(request: FeedbackRequest, num_shown: int) -> None:
+    """Refuses places that the answer does not have, which would count for or against a version."""
+    for number, event in enumerate(request.events):
+        if event.rank is not None and event.rank > num_shown:
+            raise ApiError(
+                422,
+                f"events.{number}.rank: {event.rank} is beyond the {num_shown} items of "
+                "the answer; send the item's rank in it",
+            )

@@ -19,11 +19,13 @@ from torch.nn.functional import linear, normalize
 from raysys.config import load_config
 from raysys.errors import ConfigError
 from raysys.model.adapter import NAME, Adapter, activations_cut
-from raysys.model.encoder import TextEncoder, TokenActivations, weights_sha256
+from raysys.model.encoder import TextEncoder, TokenActivations
+from raysys.model.encoder_files import weights_sha256
 from raysys.model.losses import listwise_loss
 from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import NUM_INPUTS
 from raysys.model.tower import build_tower
+from raysys.registry.encoders import torch_encoder
 from raysys.registry.store import LoadedVersion, VersionWeights, text_indexes
 from raysys.registry.version import Manifest
 from raysys.storage import Root
@@ -341,11 +343,9 @@ def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_m
     whole = _whole_model(trained.peft_model, shared(tiny_encoder, 8), [*texts, "w3 w4"])
     served = _version(update, trained, texts, trained.text_after)
     by_peft = _version(update, trained, texts, whole[:-1])
-    by_peft._queries["w3 w4"] = whole[-1]
+    by_peft.encoder.embed = lambda query: whole[-1]
     without = _version(update, trained, texts, trained.text_before)
-    without._weights = dataclasses.replace(
-        without._weights, adapted_weights=update.adapted_weights or {}
-    )
+    without.encoder = torch_encoder(without.manifest, update.adapted_weights or {})
     found, expected, other = (_scores(v) for v in (served, by_peft, without))
     changed = abs(other - expected).max()
     assert changed > 0.1, "the version before scores otherwise"

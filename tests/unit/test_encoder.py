@@ -15,18 +15,15 @@ from transformers import BertConfig, DistilBertConfig, DistilBertModel
 
 from raysys.errors import ConfigError
 from raysys.model.encoder import (
-    BUNDLED,
-    BUNDLED_SHA256,
     TextEncoder,
     TokenActivations,
     cache_folder,
     cached_texts,
     load_cached,
     load_encoder,
-    resolve_encoder,
     store_cached,
-    weights_sha256,
 )
+from raysys.model.encoder_files import BUNDLED, BUNDLED_SHA256, resolve_encoder, weights_sha256
 from raysys.model.targets import DEFAULT_CUT, Cut
 from raysys.storage import Root
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 
 from raysys.config import Config, EvaluateConfig, GateConfig, PrivacyConfig, PseudonymConfig
 from raysys.errors import ConfigError
+from raysys.evaluate.calibrate import Event
 from raysys.evaluate.compare import chosen
 from raysys.evaluate.estimate import Array
 from raysys.evaluate.gate import judge
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison
+from raysys.evaluate.odds import COARSE, EVENTS, Odds
 from raysys.evaluate.private import KNOTS, Figures, Part, Release, auc_masses
 from raysys.ingest.cases import Case
 from raysys.ingest.features import UserHistory
@@ -52,10 +55,13 @@ def broken(kind: type[Release]) -> Release:
 
 def figures_of(
     users: list[tuple[bool, list[float], list[float], list[float]]],
+    odds: Odds | None = None,
 ) -> Figures:
     held_out, before, after, masses = zip(*users, strict=True) if users else ((), (), (), ())
     return Figures(
         held_out=np.array(held_out, bool),
+        is_ranked=np.ones(len(users), bool),
+        odds=Odds.empty(len(users), COARSE) if odds is None else odds,
         before=np.array(before, float).reshape(-1, len(METRIC_NAMES)),
         after=np.array(after, float).reshape(-1, len(METRIC_NAMES)),
         masses=np.array(masses, float).reshape(-1, len(KNOTS)),
@@ -73,6 +79,28 @@ def largest_move(release: Release, figures: Figures) -> float:
     return max((float(np.linalg.norm(everyone - release.total(w))) for w in without), default=0.0)
 
 
+def odds_of(rows: Sequence[tuple[bool, float, float, Sequence[float]]]) -> Odds:
+    """Of both events alike: whether fitted, rate, lift, and candidates in each bin."""
+    out = Odds.empty(len(rows), COARSE)
+    for user, (is_fitted, rate, lift, candidates) in enumerate(rows):
+        out.is_fitted[user], out.rate[user], out.lift[user] = is_fitted, rate, lift
+        out.candidates[user] = candidates
+    return out
+
+
+def shop_odds(num: int, seed: int = 0) -> Odds:
+    """Users of 1,000 items: most score about 0, those bought before higher."""
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for _ in range(num):
+        own = rng.poisson(20) / 1000
+        shares = (1 - own) * np.array([0.1, 0.4, 0.3, 0.15, 0.05, 0, 0, 0, 0, 0])
+        shares[4:9] += own * np.array([0.3, 0.3, 0.2, 0.15, 0.05])
+        rate = rng.geometric(0.2) / 1000
+        rows.append((True, rate, 4.0 * rate, shares))
+    return odds_of(rows)
+
+
 def population(num: int, *, held_out: float = 0.2, seed: int = 0, loss: float = 0.0) -> Figures:
     """Users whose figures are about those of a real shop."""
     rng = np.random.default_rng(seed)
@@ -83,6 +111,8 @@ def population(num: int, *, held_out: float = 0.2, seed: int = 0, loss: float = 
     after = [ndcg + moved, lost, auc + rng.normal(0, 0.02, num)]
     return Figures(
         held_out=rng.random(num) < held_out,
+        is_ranked=np.ones(num, bool),
+        odds=shop_odds(num, seed),
         before=np.stack([ndcg, bought, auc], axis=1),
         after=np.clip(np.stack(after, axis=1), 0, 1),
         masses=np.stack([auc_masses(np.array([value])) for value in auc]),
@@ -98,17 +128,27 @@ class TestSensitivity:
                 st.lists(METRIC, min_size=3, max_size=3),
                 st.lists(METRIC, min_size=3, max_size=3),
                 st.lists(METRIC, min_size=len(KNOTS), max_size=len(KNOTS)),
+                st.tuples(
+                    st.booleans(),
+                    METRIC,
+                    METRIC,
+                    st.lists(METRIC, min_size=len(COARSE), max_size=len(COARSE)),
+                ),
             ),
             max_size=6,
         ),
         max_difference=st.floats(1e-3, 1.0),
+        event=st.sampled_from(EVENTS),
+        num_items=st.integers(1, 100_000),
     )
     def test_leaving_a_user_out_moves_the_sums_by_at_most_the_sensitivity_whatever_was_measured(
-        self, users: list[Any], max_difference: float
+        self, users: list[Any], max_difference: float, event: Event, num_items: int
     ) -> None:
-        release = Release.of(dataclasses.replace(CONFIG, max_difference=max_difference))
+        config = dataclasses.replace(CONFIG, max_difference=max_difference)
+        release = Release.of(config, event, num_items)
+        figures = figures_of([user[:4] for user in users], odds_of([user[4] for user in users]))
         with np.errstate(all="ignore"):
-            moved = largest_move(release, figures_of(users))
+            moved = largest_move(release, figures)
         assert moved <= release.l2_sensitivity + 1e-9
 
     def test_no_user_of_a_shop_moves_them_by_more(self) -> None:
@@ -116,10 +156,24 @@ class TestSensitivity:
 
     def test_a_user_can_move_them_by_all_of_it(self) -> None:
         masses = auc_masses(np.array([1.0])).tolist()
+        odds = odds_of([(True, 1.0, COARSE.edges[-1], [0.0] * 9 + [1.0])])
         for user in ((True, [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], masses),
                      (False, [0.0, 0.0, 1.0], [0.0] * 3, masses)):  # fmt: skip
-            moved = largest_move(RELEASE, figures_of([user]))
+            moved = largest_move(RELEASE, figures_of([user], odds))
             assert moved == pytest.approx(RELEASE.l2_sensitivity, rel=1e-6)
+
+    def test_a_user_of_a_window_who_was_shown_something_too_moves_them_by_no_more(self) -> None:
+        """Two rows, of which each fills what the other leaves."""
+        masses = auc_masses(np.array([1.0])).tolist()
+        rows = [(True, [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], masses)] * 2
+        full = (1.0, float(COARSE.edges[-1]), [0.0] * 9 + [1.0])
+        odds = odds_of([(False, *full), (True, *full)])
+        both = dataclasses.replace(figures_of(rows, odds), is_ranked=np.array([True, False]))
+        release = Release.of(CONFIG, "shown", 1000)
+        moved = float(np.linalg.norm(release.total(both)))
+        assert moved == pytest.approx(release.l2_sensitivity, rel=1e-6)
+        twice = dataclasses.replace(both, is_ranked=np.array([True, True]))
+        assert np.linalg.norm(release.total(twice)) > 1.3 * release.l2_sensitivity
 
     def test_without_the_clip_a_user_would_move_them_by_more(self) -> None:
         one_each = [6.0 * mass for mass in auc_masses(np.array([1.0]))]
@@ -143,6 +197,7 @@ class TestWhoIsScored:
         return Case(
             held_out=held_out, tried=True, draw=draw, history=UserHistory.empty(), now=0.0,
             positives=np.array([0], np.int32), gains=np.array([1.0], np.float32),
+            shown=np.zeros(0, np.int32), shown_positive=np.zeros(0, bool),
         )  # fmt: skip
 
     def moved_by_another(self, config: EvaluateConfig) -> int:

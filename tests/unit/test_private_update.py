@@ -18,8 +18,10 @@ from raysys import update
 from raysys.cli import app
 from raysys.config import load_config
 from raysys.evaluate import compare as comparing
+from raysys.evaluate.calibrate import Fit
 from raysys.evaluate.gate import judge
 from raysys.evaluate.metrics import METRIC_NAMES
+from raysys.evaluate.odds import EVENTS
 from raysys.evaluate.private import Array, Figures, Release
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.pipeline import examples_path
@@ -49,8 +51,8 @@ class Ran:
     def exact(self) -> dict[str, float]:
         """The means that were measured, by arm and metric."""
         joined = {
-            f.name: np.concatenate([getattr(part, f.name) for part in self.figures])
-            for f in dataclasses.fields(Figures)
+            name: np.concatenate([getattr(part, name) for part in self.figures])
+            for name in ("held_out", "before", "after")
         }
         held = joined["held_out"]
         before, after = joined["before"][held], joined["after"][held]
@@ -61,6 +63,12 @@ class Ran:
             for arm, values in arms.items()
             for i, name in enumerate(METRIC_NAMES)
         }
+
+    @property
+    def base_rate(self) -> float:
+        """How often held-out users take an item, exactly."""
+        rates = np.concatenate([part.odds.rate[part.held_out] for part in self.figures])
+        return float(rates[:, EVENTS.index("taken")].mean())
 
     @property
     def num_held_out(self) -> int:
@@ -151,6 +159,9 @@ def test_exact_figures_are_nowhere_and_the_release_is_charged(
     metrics = ran.record.metrics
     assert metrics["private"] is True
     assert metrics["num_holdout_users"] != ran.num_held_out
+    assert metrics["calibration"]["num_users"] != ran.num_held_out
+    assert metrics["calibration"]["base_rate"] != pytest.approx(ran.base_rate, rel=1e-3)
+    assert metrics["calibration"]["expected_error"] is None
     assert f"on {ran.num_held_out} users" not in ran.told
     assert f"Held-out users ({ran.num_held_out})" not in ran.told
     assert f"on about {metrics['num_holdout_users']} users" in ran.record.reason
@@ -164,6 +175,8 @@ def test_without_it_they_are_in_the_record_the_report_and_the_reason(shop: Shop)
     ran = shop.run(private=False)
     assert len(ran.found()) >= len(METRIC_NAMES)
     assert ran.record.metrics["num_holdout_users"] == ran.num_held_out
+    assert ran.record.metrics["calibration"]["base_rate"] == pytest.approx(ran.base_rate)
+    assert ran.record.metrics["calibration"]["expected_error"] > 0
     assert f"on {ran.num_held_out} users" in ran.told
     assert f"Held-out users ({ran.num_held_out})" in ran.told
     assert ran.record.spent is not None and ran.record.spent.num_evaluations == 0
@@ -179,11 +192,24 @@ def test_record_and_verdict_are_made_of_what_was_noised_once(
         released.append(noise(release, total))
         return released[-1]
 
+    fitted: list[tuple[Any, ...]] = []
+    fit = Release.fit
+
+    def watched_fit(release: Release, *args: Any) -> Fit | None:
+        fitted.append(args)
+        return fit(release, *args)
+
     monkeypatch.setattr(Release, "noise", watched)
+    monkeypatch.setattr(Release, "fit", watched_fit)
     record = shop.run(private=True).record
-    (noised,) = released
+    (noised,), ((read, center, reference),) = released, fitted
+    assert read is noised
     config = load_config(shop.folder / "shop.yaml")
-    again = Release.of(config.evaluate).comparison(noised)
+    release = Release.of(config.evaluate, "taken", tiny_shop.NUM_ITEMS)
+    again = dataclasses.replace(
+        release.comparison(noised), calibration=fit(release, noised, center, reference)
+    )
+    assert again.calibration is not None
     assert record.metrics == update._without_nan(dataclasses.asdict(again))
     decision = judge(again, config.gate)
     assert (record.verdict, record.reason) == (decision.verdict, decision.reason)

@@ -22,8 +22,10 @@ from raysys.ingest.history import history_slices
 from raysys.ingest.shard_state import shard_path
 from raysys.ingest.stats import save_item_state
 from raysys.ledger.records import UpdateCommitted
-from raysys.model.encoder import TextEncoder, weights_sha256
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import weights_sha256
 from raysys.model.scorer import head_inputs, pool_history
+from raysys.registry.encoders import Encoders, torch_encoder
 from raysys.registry.store import (
     VersionWeights,
     load_version,
@@ -155,6 +157,40 @@ def test_a_loaded_version_scores_as_the_weights_that_were_published(
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert version.knows_query("w3 w4") and not version.knows_query("w5")
     version.check_golden()
+
+
+def test_versions_in_one_process_share_its_encoder(
+    publish_version: Publish, local_root: Root
+) -> None:
+    record, encoders = publish_version(), Encoders()
+    versions = [load_version(local_root, record, encoders) for _ in range(3)]
+    assert {version.encoder_runtime for version in versions} == {"onnx"}
+    assert encoders.num_sessions() == 2, "one a layer"
+    versions[0].embed_queries(["w3 w4", "w5"])
+    assert all(version.knows_query("w5") for version in versions)
+    assert load_version(local_root, record).knows_query("w5") is False, "another process"
+
+
+def test_onnx_runtime_has_to_embed_golden_queries_as_training_recorded(
+    publish_version: Publish, local_root: Root
+) -> None:
+    """Of an earlier version, which recorded none, it has to embed texts as they are stored."""
+
+    def with_embedding(change: Callable[[list[float]], list[float]] | None) -> str:
+        def changed(data: bytes) -> bytes:
+            requests = json.loads(data)
+            for request in requests:
+                vector = request.pop("embedding", None)
+                if change and vector:
+                    request["embedding"] = change(vector)
+            return json.dumps(requests).encode()
+
+        record = rewritten(local_root, publish_version(), "golden.json", changed)
+        return load_version(local_root, record).encoder_runtime
+
+    assert with_embedding(lambda vector: vector) == "onnx"
+    assert with_embedding(None) == "onnx"
+    assert with_embedding(lambda vector: [value + 2e-4 for value in vector]) == "torch"
 
 
 def test_users_with_different_histories_get_different_scores(
@@ -378,17 +414,9 @@ def test_the_golden_requests_are_the_same_whoever_the_users_are(
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     nobody = dataclasses.replace(record, artifacts={**record.artifacts, path: digest})
     golden = json.loads(local_root.read_bytes(version_path(VERSION, "golden.json")))
-    assert golden == load_version(local_root, nobody).record_golden()
-
-
-def test_queries_beyond_the_cache_are_forgotten_oldest_first(
-    publish_version: Publish, local_root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("raysys.registry.store.MAX_CACHED_QUERIES", 2)
-    version = load_version(local_root, publish_version())
-    for query in ("w1", "w2", "w3"):
-        version.score(UserHistory.empty(), np.array([0], np.int32), now=NOW, query=query)
-    assert [version.knows_query(q) for q in ("w1", "w2", "w3")] == [False, True, True]
+    version = load_version(local_root, nobody)
+    version.encoder = torch_encoder(version.manifest, version._weights.adapted_weights)
+    assert golden == version.record_golden()
 
 
 def test_a_version_flags_by_the_configured_probability(
@@ -446,3 +474,49 @@ def test_scores_of_a_pointwise_version_are_log_odds_where_nothing_was_fitted(
     version = load_version(local_root, publish_version(loss="pointwise"))
     assert version.calibration.event == "trained"
     assert version.probabilities(np.array([0.0], np.float32)).tolist() == [0.5]
+
+
+def test_the_golden_requests_catch_another_calibration(
+    publish_version: Publish, local_root: Root
+) -> None:
+    calibration = Calibration(slope=0.5, intercept=-9.0, event="taken")
+    record = publish_version(calibration=calibration)
+    load_version(local_root, record).check_golden()
+    wrong = rewritten(
+        local_root, record, "manifest.json", lambda data: data.replace(b"-9.0", b"-9.01")
+    )
+    with pytest.raises(ArtifactError, match=f"{VERSION} gives a golden request probabilities"):
+        load_version(local_root, wrong).check_golden()
+
+
+def test_a_version_of_before_calibration_is_served_as_it_was(
+    publish_version: Publish, local_root: Root
+) -> None:
+    def manifest_of_schema_2(data: bytes) -> bytes:
+        body = json.loads(data)
+        del body["calibration"]
+        return json.dumps({**body, "schema_version": 2}).encode()
+
+    def golden_of_then(data: bytes) -> bytes:
+        return json.dumps(
+            [{k: v for k, v in r.items() if k != "probabilities"} for r in json.loads(data)]
+        ).encode()
+
+    record = rewritten(local_root, publish_version(), "manifest.json", manifest_of_schema_2)
+    record = rewritten(local_root, record, "golden.json", golden_of_then)
+    version = load_version(local_root, record)
+    version.check_golden()
+    assert version.manifest.calibration is None and version.calibration.event == "next"
+
+
+@pytest.mark.parametrize("slope", ["-1.0", "NaN"])
+def test_a_calibration_that_would_turn_the_ranking_round_is_refused(
+    publish_version: Publish, local_root: Root, slope: str
+) -> None:
+    calibration = Calibration(slope=0.625, intercept=-9.0, event="taken")
+    record = rewritten(
+        local_root, publish_version(calibration=calibration), "manifest.json",
+        lambda data: data.replace(b"0.625", slope.encode()),
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* slope >= 0"):
+        load_version(local_root, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from raysys.evaluate.calibrate import EVENT_MEANINGS, Fit
 from raysys.evaluate.metrics import METRIC_NAMES, Comparison, Interval
 from raysys.evaluate.report import render_report
 from raysys.privacy.statement import Statement
@@ -32,15 +33,17 @@ def intervals(start: float) -> dict[str, Interval]:
     }
 
 
-def report(comparison: Comparison | None = None) -> str:
-    shown = comparison or Comparison(
-        num_holdout_users=41,
-        before=intervals(10),
-        after=intervals(20),
-        difference=intervals(30),
-        num_prequential_users=203,
-        prequential=intervals(40),
-    )
+COMPARISON = Comparison(
+    num_holdout_users=41,
+    before=intervals(10),
+    after=intervals(20),
+    difference=intervals(30),
+    num_prequential_users=203,
+    prequential=intervals(40),
+)
+
+
+def report(shown: Comparison = COMPARISON) -> str:
     return render_report(
         title="Version v0001-aaaaaa",
         facts={"update": "u0001-aaaaaa", "steps": 15},
@@ -107,3 +110,23 @@ class TestReport:
         assert "## Held-out users (about 41)" in noised
         assert "## Before training, all users (about 203)" in noised
         assert "Noise was added to all figures" in noised and "counts as 0.1 at most" in noised
+
+    def test_probabilities_stand_with_what_they_are_of_and_how_good_they_are(self) -> None:
+        fitted = Fit(
+            slope=0.75, intercept=-6.5, event="taken", num_users=41, base_rate=0.00123,
+            mean_predicted=0.00122, expected_error=0.0000456,
+        )  # fmt: skip
+        _, _, text = report(dataclasses.replace(COMPARISON, calibration=fitted)).partition(
+            "## Probabilities"
+        )
+        assert f"- probability of: {EVENT_MEANINGS['taken']}" in text
+        assert "- sigmoid(0.75 * score -6.5), fitted on 41 held-out users" in text
+        assert "- base rate: 0.00123\n- mean predicted: 0.00122" in text
+        assert "expected calibration error, on users it was not fitted on: 4.56e-05" in text
+        noised = dataclasses.replace(fitted, expected_error=None)
+        text = report(dataclasses.replace(COMPARISON, private=True, max_difference=0.1,
+                                          calibration=noised))  # fmt: skip
+        assert "on about 41 held-out users" in text and "fitted on: not released" in text
+
+    def test_where_nobody_was_held_out_they_are_said_to_be_fitted_on_nobody(self) -> None:
+        assert "Fitted on nobody" in report()

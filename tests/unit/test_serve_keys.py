@@ -17,7 +17,7 @@ from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record
 from raysys.rollout.view import RolloutView
-from raysys.serve.app import load_named
+from raysys.serve.app import named
 from raysys.serve.keys import Keys
 from raysys.serve.request_id import RequestIds, RequestTag
 from raysys.storage import Root
@@ -203,7 +203,7 @@ class TestMissingKey:
         if not list(log.entries()):
             for record in (*BEFORE, *ROTATION, *AFTER):
                 log.transact(lambda state, record=record: record)  # type: ignore[misc]
-        return load_named(name, root, log, keys, load_fake)
+        return load_fake(root, named(name, log, keys))
 
     def test_a_version_of_a_later_key_is_not_served_without_histories(
         self, local_root: Root, keys: Keys

@@ -338,6 +338,7 @@ def test_exactly_the_surplus_is_refused_at_once_and_nobody_waits_longer_than_the
     accepted = [tick for status, tick in answers if status == 200]
     refused = [tick for status, tick in answers if status == 503]
     assert (len(accepted), len(refused)) == (20, 180)
+    assert slow.metrics.rejections == ["/v1/rank"] * 180
     assert max(accepted) <= 20
     assert max(refused) <= 4, "refusals wait for nobody's scores but those already at work"
 
@@ -434,19 +435,19 @@ def test_a_caller_who_gives_up_leaves_its_place() -> None:
         gate = Gate("ranking", max_concurrent=1, max_waiting=1)
 
         async def hold(forever: asyncio.Event) -> None:
-            async with gate.place():
+            async with gate.place("/v1/rank"):
                 await forever.wait()
 
         for _ in range(3):
             tasks = [asyncio.create_task(hold(asyncio.Event())) for _ in range(2)]
             await asyncio.sleep(0.01)
             with pytest.raises(ApiError):
-                async with gate.place():
+                async with gate.place("/v1/rank"):
                     pass
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        async with gate.place():
+        async with gate.place("/v1/rank"):
             pass
 
     asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import polars as pl
 import pytest
 
 from raysys.config import LabelConfig
+from raysys.ingest.cases import Case, read_cases
 from raysys.ingest.example_set import ExampleSet
 from raysys.ingest.examples import ShardResult, ShardSettings, ShardState, build_shard
 from raysys.ingest.features import DAY_S, FEATURE_NAMES
@@ -238,3 +240,53 @@ def test_a_request_of_several_pages_is_seen_as_of_its_first() -> None:
     (one,) = shown_rows(over_days(shown, events, [9]))
     assert bought(one) == set()
     assert sum(gain > 0 for gain in one["gains"]) == 2
+
+
+def cases(results: Sequence[ShardResult]) -> list[Case]:
+    buffer = io.BytesIO()
+    pl.concat([result.cases for result in results]).write_parquet(buffer)
+    return list(read_cases(buffer.getvalue()))
+
+
+class TestCasesOfWhatWasShown:
+    """What calibration reads: held-out users alone, once mature, and nothing that came of it."""
+
+    def shown(self, who: str = HELD_OUT, **changes: Any) -> list[Row]:
+        return [impression(who, item, 0.2 * DAY_S, **changes) for item in (4, 5, 6)]
+
+    def test_a_held_out_users_mature_requests_are_a_case_with_their_outcomes(self) -> None:
+        bought_5 = outcome(HELD_OUT, 5, 0.3 * DAY_S, request_id="r")
+        one, two = over_days(self.shown(), [bought_5], ends=(1, 2))
+        (window,) = cases([one])
+        assert window.is_ranked and window.positives.tolist() == [5] and not len(window.shown)
+        (judged,) = cases([two])
+        assert not judged.is_ranked and judged.held_out
+        assert judged.shown.tolist() == [4, 5, 6]
+        assert judged.shown_positive.tolist() == [False, True, False]
+
+    def test_it_is_seen_as_of_the_first_of_them_before_what_came_of_it(self) -> None:
+        before = outcome(HELD_OUT, 9, 0.1 * DAY_S)
+        after = outcome(HELD_OUT, 5, 0.3 * DAY_S, request_id="r")
+        _, two = over_days(self.shown(), [before, after], ends=(1, 2))
+        (judged,) = cases([two])
+        assert judged.now == judged.history.as_of == 0.2 * DAY_S
+        assert judged.history.items.tolist() == [9]
+
+    def test_who_took_nothing_counts_too(self) -> None:
+        (judged,) = cases(over_days(self.shown(), [], ends=(1, 2)))
+        assert judged.shown_positive.tolist() == [False] * 3
+
+    def test_users_who_are_trained_on_are_no_such_case(self) -> None:
+        assert cases(over_days(self.shown(ALICE), [], ends=(1, 2))) == []
+
+    def test_requests_with_a_query_are_left_out(self) -> None:
+        assert cases(over_days(self.shown(query="milk"), [], ends=(1, 2))) == []
+        assert len(cases(over_days(self.shown(query=""), [], ends=(1, 2)))) == 1
+
+    def test_requests_long_before_the_window_are_left_out(self) -> None:
+        """Their statistics and histories are of another time than what is served."""
+        late = over_days(self.shown(), [], ends=(4,))
+        assert len(cases(late)) == 1, "the window begins with the update"
+        plan = settings(start=0.0, end=4 * DAY_S, window_start=3 * DAY_S)
+        result = build_shard(outcomes([]), impressions(self.shown()), ShardState.nothing(), plan)
+        assert cases([result]) == []

@@ -38,7 +38,10 @@ SELECTED = dataclasses.replace(
     ),
 )  # fmt: skip
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
-FIGURES = "figures of evaluation and verdict of the gate"
+FIGURES = (
+    "figures of evaluation, verdict of the gate, and calibration, by which scores become "
+    "probabilities"
+)
 
 
 @pytest.fixture(autouse=True)

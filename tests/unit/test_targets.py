@@ -10,7 +10,8 @@ import pytest
 from raysys.config import ModelConfig
 from raysys.errors import ConfigError
 from raysys.model.adapter import activations_cut
-from raysys.model.encoder import BUNDLED, load_encoder, resolve_encoder
+from raysys.model.encoder import load_encoder
+from raysys.model.encoder_files import BUNDLED, resolve_encoder
 from raysys.model.targets import (
     ALL_LINEAR,
     DEFAULT_CUT,

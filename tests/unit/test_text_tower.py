@@ -14,13 +14,8 @@ from peft import PeftModel
 from torch.nn.functional import normalize
 
 from raysys.model.adapter import Adapter
-from raysys.model.encoder import (
-    BUNDLED,
-    TextEncoder,
-    TokenActivations,
-    load_encoder,
-    resolve_encoder,
-)
+from raysys.model.encoder import TextEncoder, TokenActivations, load_encoder
+from raysys.model.encoder_files import BUNDLED, resolve_encoder
 from raysys.model.text_tower import TextTower
 from raysys.model.tower import build_tower
 from tests import tiny_shop

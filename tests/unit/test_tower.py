@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 from transformers import BertTokenizerFast, RobertaConfig, RobertaModel
 
 from raysys.model.adapter import NAME, Adapter, activations_cut, merged_weight
-from raysys.model.encoder import BUNDLED, TextEncoder
+from raysys.model.encoder import TextEncoder
+from raysys.model.encoder_files import BUNDLED
 from raysys.model.targets import Cut
 from raysys.model.text_tower import TextTower
 from raysys.model.tower import FrozenTower, LayerTower, Tower, build_tower

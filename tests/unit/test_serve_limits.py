@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -371,18 +371,16 @@ def test_everything_else_is_answered_while_rankings_are_refused(
 ) -> None:
     release = threading.Event()
 
-    def wait(scores: np.ndarray) -> np.ndarray:
-        assert release.wait(30)
-        return scores
+    class SlowEncoder(FakeVersion):
+        def embed_queries(self, queries: Sequence[str]) -> None:
+            assert release.wait(30)
+            super().embed_queries(queries)
 
     async def scenario() -> None:
-        version = FakeVersion(STABLE)
-        replica = FakeReplica(local_root, {STABLE: version}, one_version())
+        replica = FakeReplica(local_root, {STABLE: SlowEncoder(STABLE)}, one_version())
         config = HttpConfig(max_concurrent_requests=1, max_waiting_requests=1)
         async with caller(replica, config) as client:
             answer = (await client.post("/v1/rank", json=BODY)).json()
-            version._score = wait
-            # With a query, scores are computed in a thread.
             asked = [
                 asyncio.create_task(client.post("/v1/rank", json={**BODY, "query": f"query {i}"}))
                 for i in range(10)

@@ -6,7 +6,7 @@ router.py       which version answers a user
 request_id.py   signed ids that join feedback to its request
 ranker.py       the versions in memory
 check.py        tries a version, in a process of its own
-check_process.pystarts that process, and ends it
+check_process.py starts that process, and ends it
 queries.py      encodes the queries that wait together
 isolated.py     a canary that answers in another process
 shelf.py        what is made of a version besides its model: index, filters, rules

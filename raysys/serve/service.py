@@ -120,6 +120,10 @@ class RankService:
         """Whether a version can answer."""
         return stable_of(self.view, self.versions) is not None
 
+    def rejected(self, endpoint: str) -> None:
+        """Counts a request that found no room in this replica."""
+        self._metrics.rejected(endpoint)
+
     def report_state(self) -> None:
         """Tells the metrics the rollout's weight and the versions in memory."""
         self._metrics.state(
@@ -127,10 +131,6 @@ class RankService:
             resident=[version.name for version in self.versions.all()],
             failing=self.versions.failures(),
         )
-
-    def report_rejection(self, endpoint: str) -> None:
-        """Tells the metrics of a request that found no room."""
-        self._metrics.rejected(endpoint)
 
     async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
         """Ranks the caller's candidates; returns a `RankAnswer` as JSON.

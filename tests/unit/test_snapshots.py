@@ -63,7 +63,7 @@ RICH: list[Record] = [
     ),
     SECOND,
     committed(SECOND),
-    rollout(measurement={"phase": "inconclusive"}),
+    rollout(measurement={"phase": "inconclusive"}, rules={"steps": [], "min_requests": 5}),
     rollout("rolled_back", stable="v0001-aaaaaa", previous="v0000-000000"),
     ROTATION,
     rotated(ROTATION, committed(SECOND), to_key_id="new"),

@@ -16,7 +16,13 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
+from raysys.config import (
+    HttpConfig,
+    RetrievalConfig,
+    RolloutConfig,
+    RuleConfig,
+    ShadowConfig,
+)
 from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.storage import Root
 from tests.fakes import FakeReplica, FakeVersion
 from tests.helpers import committed, started

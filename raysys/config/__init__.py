@@ -10,9 +10,9 @@ shop.py       all sections together
 data.py       what an update reads and makes of it
 model.py      how the ranker is trained, kept private and judged
 rollout.py    how a canary is put on trial on live traffic
+http.py       what a replica takes from callers, and who may steer a rollout
 impressions.py  what replicas keep of what they show, and compare in the shadow
 replica.py    what a replica may take: threads, memory, time
-http.py       what a replica takes from callers, and who may steer a rollout
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
 rules.py      what the shop wants of rankings whatever the model says

@@ -64,6 +64,7 @@ _BODY_ERRORS = (400, 408, 413, 415, 422, *_STATUS_ERRORS)
 _STEERING_ERRORS = (401, 403, 404, 409, *_BODY_ERRORS)
 
 
+_DEFAULTS = HttpConfig()
 ForcedVersion = Annotated[str | None, Header()]
 
 
@@ -77,7 +78,7 @@ def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-def create_api(replica: Replica, config: HttpConfig) -> FastAPI:
+def create_api(replica: Replica, config: HttpConfig = _DEFAULTS) -> FastAPI:
     """Returns the HTTP API of a replica, which starts and stops with it.
 
     HEAD is answered wherever GET is. OPTIONS is not: browsers of other sites have no business here.
@@ -100,7 +101,7 @@ def create_api(replica: Replica, config: HttpConfig) -> FastAPI:
     add_pages(app)
     app.add_middleware(HeadAsGet)
     guards = {STEERING: Tokens(config.token_file).check}
-    app.router.route_class = limited_route(config, gates(config), guards)
+    app.router.route_class = limited_route(config, gates(config, replica.service.rejected), guards)
     _add_errors(app, config)
     _add_ranking(app, replica.service)
     _add_status(app, replica)

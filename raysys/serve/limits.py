@@ -29,6 +29,8 @@ MAX_DEPTH = 16
 RANKING, FEEDBACK, STATUS, STEERING = "ranking", "feedback", "status", "steering"
 """Tags of the endpoints. Each endpoint has one, and by it its gate and its guard."""
 
+OnReject = Callable[[str], None]
+"""Is told the endpoint of a request that found no room."""
 Guard = Callable[[Request], Awaitable[None]]
 """Raises an `ApiError` for a request that may not go on."""
 
@@ -40,20 +42,29 @@ class Gate:
     `max_waiting / max_concurrent` service times for a place.
     """
 
-    def __init__(self, kind: str, *, max_concurrent: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        max_concurrent: int,
+        max_waiting: int,
+        on_reject: OnReject = lambda endpoint: None,
+    ) -> None:
         self._kind = kind
+        self._on_reject = on_reject
         self._max_inside = max_concurrent + max_waiting
         self._places = asyncio.Semaphore(max_concurrent)
         self._num_inside = 0
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def place(self, endpoint: str) -> AsyncIterator[None]:
         """Waits for a place and keeps it.
 
         Raises:
           ApiError: 503 at once, if as many wait as may.
         """
         if self._num_inside >= self._max_inside:
+            self._on_reject(endpoint)
             raise ApiError(
                 503,
                 f"{self._num_inside} {self._kind} requests wait for this replica already; retry "
@@ -70,19 +81,21 @@ class Gate:
             self._num_inside -= 1
 
 
-def gates(config: HttpConfig) -> dict[str, Gate]:
+def gates(config: HttpConfig, on_reject: OnReject = lambda endpoint: None) -> dict[str, Gate]:
     """Returns tag -> gate, of the endpoints that take a body. None waits at another's gate, and
     status at none: whatever is overloaded, the rest is there."""
+
+    def gate(kind: str, max_concurrent: int, max_waiting: int) -> Gate:
+        return Gate(
+            kind, max_concurrent=max_concurrent, max_waiting=max_waiting, on_reject=on_reject
+        )
+
     return {
-        RANKING: Gate(
-            RANKING,
-            max_concurrent=config.max_concurrent_requests,
-            max_waiting=config.max_waiting_requests,
-        ),
+        RANKING: gate(RANKING, config.max_concurrent_requests, config.max_waiting_requests),
         # They do not wait for each other, but together for the object store.
-        FEEDBACK: Gate(FEEDBACK, max_concurrent=config.max_waiting_feedback, max_waiting=0),
+        FEEDBACK: gate(FEEDBACK, config.max_waiting_feedback, 0),
         # While the store is away, operators hold one of the replica's threads, however many try.
-        STEERING: Gate(STEERING, max_concurrent=1, max_waiting=8),
+        STEERING: gate(STEERING, 1, 8),
     }
 
 
@@ -95,7 +108,7 @@ def limited_route(
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             endpoint = super().get_route_handler()
             has_body = self.body_field is not None
-            tag = str(self.tags[0])
+            path, tag = self.path, str(self.tags[0])
             gate, guard = gates[tag] if has_body else None, guards.get(tag)
 
             async def limited(request: Request) -> Response:
@@ -104,7 +117,7 @@ def limited_route(
                 if gate is None:
                     return await endpoint(request)
                 body = await read_body(request, config)
-                async with gate.place():
+                async with gate.place(path):
                     return await endpoint(_parsed(request, body))
 
             return limited

@@ -73,7 +73,14 @@ ANSWERS: Mapping[str, Any] = {
     },
     "/v1/feedback": {"accepted": 1},
     "/v1/versions": {
-        "versions": [{"version": "v0001-9f8e7d", "roles": ["stable"], "num_items": 50_000}],
+        "versions": [
+            {
+                "version": "v0001-9f8e7d",
+                "roles": ["stable"],
+                "num_items": 50_000,
+                "encoder": "onnx",
+            }
+        ],
         "missing": {"v0002-1a2b3c": "is being loaded"},
     },
     "/v1/rollout": _ROLLOUT,

@@ -120,6 +120,10 @@ class RankService:
         """Whether a version can answer."""
         return stable_of(self.view, self.versions) is not None
 
+    def rejected(self, endpoint: str) -> None:
+        """Counts a request that found no room in this replica."""
+        self._metrics.rejected(endpoint)
+
     def report_state(self) -> None:
         """Tells the metrics the rollout's weight and the versions in memory."""
         self._metrics.state(

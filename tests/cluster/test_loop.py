@@ -26,7 +26,8 @@ from raysys.ingest.shard_state import load_histories
 from raysys.ledger.log import Log
 from raysys.ledger.records import UpdateCommitted
 from raysys.registry.store import load_version
-from raysys.serve.app import RankerArgs, create_api, open_replica
+from raysys.serve.api import create_api
+from raysys.serve.app import RankerArgs, open_replica
 from raysys.serve.metrics import METRICS, controller_metrics
 from raysys.storage import Root
 from raysys.update import run_update

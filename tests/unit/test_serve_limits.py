@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -338,6 +338,7 @@ def test_exactly_the_surplus_is_refused_at_once_and_nobody_waits_longer_than_the
     accepted = [tick for status, tick in answers if status == 200]
     refused = [tick for status, tick in answers if status == 503]
     assert (len(accepted), len(refused)) == (20, 180)
+    assert slow.metrics.rejections == ["/v1/rank"] * 180
     assert max(accepted) <= 20
     assert max(refused) <= 4, "refusals wait for nobody's scores but those already at work"
 
@@ -370,18 +371,16 @@ def test_everything_else_is_answered_while_rankings_are_refused(
 ) -> None:
     release = threading.Event()
 
-    def wait(scores: np.ndarray) -> np.ndarray:
-        assert release.wait(30)
-        return scores
+    class SlowEncoder(FakeVersion):
+        def embed_queries(self, queries: Sequence[str]) -> None:
+            assert release.wait(30)
+            super().embed_queries(queries)
 
     async def scenario() -> None:
-        version = FakeVersion(STABLE)
-        replica = FakeReplica(local_root, {STABLE: version}, one_version())
+        replica = FakeReplica(local_root, {STABLE: SlowEncoder(STABLE)}, one_version())
         config = HttpConfig(max_concurrent_requests=1, max_waiting_requests=1)
         async with caller(replica, config) as client:
             answer = (await client.post("/v1/rank", json=BODY)).json()
-            version._score = wait
-            # With a query, scores are computed in a thread.
             asked = [
                 asyncio.create_task(client.post("/v1/rank", json={**BODY, "query": f"query {i}"}))
                 for i in range(10)
@@ -434,19 +433,19 @@ def test_a_caller_who_gives_up_leaves_its_place() -> None:
         gate = Gate("ranking", max_concurrent=1, max_waiting=1)
 
         async def hold(forever: asyncio.Event) -> None:
-            async with gate.place():
+            async with gate.place("/v1/rank"):
                 await forever.wait()
 
         for _ in range(3):
             tasks = [asyncio.create_task(hold(asyncio.Event())) for _ in range(2)]
             await asyncio.sleep(0.01)
             with pytest.raises(ApiError):
-                async with gate.place():
+                async with gate.place("/v1/rank"):
                     pass
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        async with gate.place():
+        async with gate.place("/v1/rank"):
             pass
 
     asyncio.run(scenario())

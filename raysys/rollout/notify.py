@@ -76,7 +76,13 @@ class Notifier:
         self._backoff_s = backoff_s
         self._send = send or post
         self._waiting: collections.deque[Message] = collections.deque()
+        self._is_sending = False
         self._has_news = asyncio.Event()
+
+    @property
+    def num_untold(self) -> int:
+        """Messages that are neither told nor given up."""
+        return len(self._waiting) + self._is_sending
 
     def tell(self, body: Message) -> None:
         """Has a message sent in the background."""
@@ -92,7 +98,9 @@ class Notifier:
             await self._has_news.wait()
             self._has_news.clear()
             while self._waiting:
-                await self._try(self._waiting.popleft())
+                body, self._is_sending = self._waiting.popleft(), True
+                await self._try(body)
+                self._is_sending = False
 
     async def _try(self, body: Message) -> None:
         data = json.dumps(body, allow_nan=False).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysys.config import RolloutConfig
-from raysys.rollout.counters import NUM_BUCKETS, VersionCounters
+from raysys.rollout.counters import NUM_BUCKETS, OutcomeKind, VersionCounters, latency_bin
 from raysys.rollout.reports import ReplicaReport, RolloutCounts
 from raysys.serve.request_id import RequestTag
 from raysys.serve.tally import Tally
@@ -156,3 +157,48 @@ def test_outcomes_stop_to_count_at_the_bound_of_memory(monkeypatch: pytest.Monke
     report = tally.report(10.0)
     assert (report.stable.num_requests.sum(), report.stable.num_matured.sum()) == (4, 2)
     assert len(report.conversions) == 2
+
+
+def outcomes(*events: tuple[int, OutcomeKind, int | None]) -> VersionCounters:
+    """Stable's counts after feedback of these (request, kind, rank)."""
+    (tally,) = tallies(1)
+    counts = RolloutCounts("r0001")
+    for number, kind, rank in events:
+        tally.converted(tag(number), kind, rank)
+    counts.take(tally.report(now=10.0))
+    return counts.totals()[1]
+
+
+def test_a_purchase_is_a_click_as_well_and_each_counts_once_a_request() -> None:
+    found = outcomes((1, "click", 1), (1, "purchase", 1), (1, "purchase", 3), (2, "cart", None))
+    assert (found.num_clicked.sum(), found.num_converted.sum()) == (2, 1)
+    assert found.num_clicked[1, 1] == found.num_clicked[1, 2] == 1
+
+
+def test_ndcg_is_that_of_the_gains_at_their_ranks() -> None:
+    first = outcomes((1, "purchase", 1))
+    assert (first.num_ranked.sum(), first.sum_ndcg.sum()) == (1, 1.0)
+    low = outcomes((1, "click", 3))
+    assert low.sum_ndcg[1] == pytest.approx(1 / math.log2(4))
+    both = outcomes((1, "click", 1), (1, "purchase", 2))
+    ideal = 3 + 1 / math.log2(3)
+    assert both.sum_ndcg.sum() == pytest.approx((1 + 3 / math.log2(3)) / ideal)
+    assert outcomes((1, "click", None)).num_ranked.sum() == 0
+
+
+@given(st.permutations([(1, "click", 2), (1, "purchase", 2), (1, "cart", 5), (2, "click", 9)]))
+def test_outcomes_in_any_order_and_sent_twice_give_the_same_ndcg(
+    events: list[tuple[int, OutcomeKind, int | None]],
+) -> None:
+    once, again = outcomes(*sorted(events)), outcomes(*events, *events)
+    assert again.sum_ndcg.sum() == pytest.approx(once.sum_ndcg.sum())
+    assert again.num_clicked.sum() == once.num_clicked.sum() == 2
+
+
+def test_latencies_and_invalid_answers_are_counted_by_user_and_surface() -> None:
+    (tally,) = tallies(1)
+    tally.answered(tag(1), bad=False, latency_ms=4.0)
+    tally.answered(tag(2), bad=True, invalid=True)
+    found = tally.report(10.0).stable
+    assert found.num_by_latency[1, latency_bin(4.0)] == found.num_by_latency.sum() == 1
+    assert found.num_invalid[1, 2] == found.num_invalid.sum() == 1

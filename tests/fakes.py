@@ -76,7 +76,9 @@ class FakeVersion:
         self.user_key_id = user_key_id
         self.items = items if isinstance(items, ItemTable) else item_table(items)
         self.text_of_item = np.arange(len(self.items), dtype=np.int32)
-        self.text_vectors = np.eye(len(self.items), dtype=np.float32)
+        # On a quarter of a circle: the further apart in the catalogue, the less similar.
+        angle = np.linspace(0, np.pi / 2, len(self.items))
+        self.text_vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         self._score = score
         self._golden = golden
         self.users: list[str] = []
@@ -99,9 +101,8 @@ class FakeVersion:
 
     def embed_query(self, query: str) -> np.ndarray:
         """Nearest to the item that the query names, then to its neighbours in the catalogue."""
-        place = self.items.index_of(query.split()[0]) or 0
-        vector = 1 / (1 + np.abs(np.arange(len(self.items)) - place))
-        return (vector / np.linalg.norm(vector)).astype(np.float32)
+        place = self.items.index_of(query.split()[0].lower()) or 0
+        return self.text_vectors[place] if len(self.items) else np.zeros(2, np.float32)
 
     def score(
         self, history: UserHistory, candidates: np.ndarray, *, now: float, query: str | None

@@ -15,9 +15,9 @@ class RetrievalConfig:
 
     num_candidates: int = 300
     """Items that are found, filtered and then ranked; more where a request's `k` is larger."""
-    exact_below: int = 50_000
-    """Catalogues of fewer distinct texts are searched exactly, and need no index: 30,000 take
-    1.4 ms and no memory on one core. Above, an HNSW graph is built as a version is loaded."""
+    exact_below: int = 30_000
+    """Catalogues of fewer distinct texts are searched exactly, and need no index: so many take
+    1.4 ms and no memory on one core. For more, an HNSW graph is built as a version is loaded."""
 
     def __post_init__(self) -> None:
         check(self, "retrieval", AT_LEAST_1, "exact_below")

@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from raysys.ingest.features import FloatArray, IndexArray, UserHistory
 from raysys.partitions.schema import Surface
 from raysys.serve.candidates import Chosen, Selection
-from raysys.serve.ranker import ScoresError, Servable, score
+from raysys.serve.ranker import InvalidScoresError, Servable, score
 from raysys.serve.rules import Touched
 from raysys.serve.shelf import Shelf
 
@@ -97,7 +97,7 @@ def rank_with(
       check: Raises if what was chosen is not to be ranked.
 
     Raises:
-      ScoresError: Scores or probabilities are of another number, not finite or out of bounds.
+      InvalidScoresError: Scores or probabilities are of another number, or not finite.
     """
     chosen = task.selection.choose(version, shelf, history, task.query, task.k or 0)
     check(chosen)
@@ -136,7 +136,9 @@ def _score(version: Servable, chosen: Chosen, task: Task, history: UserHistory) 
     chances = version.probabilities(scores)
     # Written so that a NaN fails.
     if chances.shape != scores.shape or not np.all((chances >= 0) & (chances <= 1)):
-        raise ScoresError(f"version {version.name} gave probabilities that are not in [0, 1]")
+        raise InvalidScoresError(
+            f"version {version.name} gave probabilities that are not in [0, 1]"
+        )
     return _Scored(items=chosen.items, scores=scores, chances=chances, bids=chosen.bids)
 
 
@@ -156,7 +158,9 @@ def _parts(
         return []
     parts = version.explain(history, items, now=task.when, query=task.query)
     if not all(np.isfinite(values).all() for values in parts.values()):
-        raise ScoresError(f"version {version.name} explains scores by parts that are not finite")
+        raise InvalidScoresError(
+            f"version {version.name} explains scores by parts that are not finite"
+        )
     rows = zip(*(values.tolist() for values in parts.values()), strict=True)
     return [dict(zip(parts, row, strict=True)) for row in rows]
 

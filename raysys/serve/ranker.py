@@ -100,6 +100,7 @@ class ResidentVersions:
         self._load = load
         self._load_item_ids = load_item_ids
         self._catalogue: tuple[str | None, frozenset[str]] = (None, frozenset())
+        self._newest_catalogue: str | None = None
         self._clock = clock
         self._resident: Mapping[str, Servable] = {}
         self._failures: dict[str, Failure] = {}
@@ -123,6 +124,7 @@ class ResidentVersions:
         others = (other for other in self.all() if other is not version)
         return (
             self._catalogue[0] is not None
+            and self._catalogue[0] == self._newest_catalogue
             and item_id not in self._catalogue[1]
             and all(other.items.index_of(item_id) is None for other in others)
         )
@@ -156,6 +158,7 @@ class ResidentVersions:
             self._resident = {n: v for n, v in self._resident.items() if n in names}
 
     async def _follow_catalogue(self, view: RolloutView) -> None:
+        self._newest_catalogue = view.catalogue
         if view.catalogue is None or view.catalogue == self._catalogue[0]:
             return
         try:

@@ -145,21 +145,21 @@ class Rules:
 
 
 def _positions(pins: Sequence[_Pin], place_of: Mapping[int, int]) -> dict[int, tuple[int, str]]:
-    """Returns position from 0 -> place and label. An item's first pin counts, as does a position's:
-    a later pin gets the next free one, and what is past the end comes last."""
+    """Returns position from 0 -> place and label.
+
+    An item's first pin counts, and a position's: a later one gets the next free position. Pins past
+    the end get the last free ones.
+    """
     wanted: dict[int, _Pin] = {}
     for pin in pins:
         if pin.item in place_of:
             wanted.setdefault(pin.item, pin)
     fixed: dict[int, tuple[int, str]] = {}
-    last = len(place_of) - 1
-    for item, pin in wanted.items():
-        position = min(pin.position - 1, last)
-        while position in fixed and position < last:
-            position += 1
-        while position in fixed:
-            position -= 1
-        fixed[position] = (place_of[item], pin.label)
+    num = len(place_of)
+    for pin in sorted(wanted.values(), key=lambda pin: pin.position > num):
+        ahead = range(pin.position - 1, num)
+        free = [position for position in (*ahead, *reversed(range(num))) if position not in fixed]
+        fixed[free[0]] = (place_of[pin.item], pin.label)
     return fixed
 
 

@@ -56,7 +56,11 @@ NUM_CONNECTIONS = 16
 START_TIMEOUT_S = 180.0
 ACTOR = "benchmark"
 NEVER_DECIDES = "rollout:\n  weight_fraction: 0.5\n  min_requests: 1000000000\n"
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
 
 
 class Arm:

@@ -14,7 +14,7 @@ from tests.fakes import FakeVersion
 ITEMS = tuple(f"i{number:03}" for number in range(300))
 """`ITEMS[0]` is what every user wants, and stable puts it first."""
 STRANGE_ITEMS = tuple(f"x{number:03}" for number in range(300))
-STABLE_S = 0.008
+STABLE_S = 0.02
 """Seconds that a version takes to score."""
 
 Score = Callable[[np.ndarray], np.ndarray]

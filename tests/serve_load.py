@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import itertools
+import json
 import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import httpx
 
 from raysys.ledger.records import Entry, RolloutChanged
 from tests.faulty_versions import ITEMS
@@ -30,6 +30,18 @@ class Answered:
     version: str
 
 
+class OneWrite(http.client.HTTPConnection):
+    """Sends head and body in one piece, as a request must come that HAProxy is to send again.
+
+    It passes a head on before the body is there, and from then on it cannot.
+    """
+
+    def _send_output(self, message_body: bytes | None = None, encode_chunked: bool = False) -> None:
+        lines = [*self._buffer, b"", b""]  # type: ignore[attr-defined]
+        self._buffer.clear()  # type: ignore[attr-defined]
+        self.send(b"\r\n".join(lines) + (message_body or b""))
+
+
 class Users:
     """Requests in the background, bounded in number and time; all that came of them is kept.
 
@@ -42,7 +54,8 @@ class Users:
     ) -> None:
         self.answers: list[Answered] = []
         self.failures: list[str] = []
-        self._url, self._clicks, self._pause_s = url, clicks, pause_s
+        self._address = url.removeprefix("http://")
+        self._clicks, self._pause_s = clicks, pause_s
         self._ended = threading.Event()
         self._names = itertools.count()
         self._deadline = time.monotonic() + 60.0
@@ -67,32 +80,37 @@ class Users:
         return {answer.version for answer in self.answers[mark:]}
 
     def _run(self) -> None:
-        with httpx.Client(timeout=15) as client:
-            while not self._ended.is_set() and time.monotonic() < self._deadline:
-                try:
-                    self._ask(client, f"user-{next(self._names)}")
-                except (AssertionError, httpx.HTTPError) as error:
-                    self.failures.append(repr(error))
-                time.sleep(self._pause_s)
+        connection = OneWrite(self._address, timeout=15)
+        while not self._ended.is_set() and time.monotonic() < self._deadline:
+            try:
+                self._ask(connection, f"user-{next(self._names)}")
+            except (AssertionError, OSError, http.client.HTTPException) as error:
+                self.failures.append(repr(error))
+                connection.close()
+            time.sleep(self._pause_s)
+        connection.close()
 
-    def _ask(self, client: httpx.Client, user: str) -> None:
+    def _ask(self, connection: OneWrite, user: str) -> None:
         others = random.Random(user).sample(ITEMS[1:], NUM_CANDIDATES - 1)
         body = {"user_id": user, "candidates": [*others, ITEMS[0]], "ts": 1_500_000_000}
         sent_at = time.time()
-        answer = self._post(client, "/v1/rank", body)
+        answer = _post(connection, "/v1/rank", body)
         self.answers.append(Answered(sent_at=sent_at, user=user, version=answer["version"]))
         first = answer["ranking"][0]["item_id"]
         if self._clicks and first == ITEMS[0]:
             event = {"event_type": "click", "item_id": first, "ts": 1_500_000_000}
-            self._post(
-                client, "/v1/feedback", {"request_id": answer["request_id"], "events": [event]}
-            )
+            feedback = {"request_id": answer["request_id"], "events": [event]}
+            _post(connection, "/v1/feedback", feedback)
 
-    def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = client.post(f"{self._url}{path}", json=body)
-        assert response.status_code == 200, f"{path}: {response.status_code} {response.text}"
-        answer: dict[str, Any] = response.json()
-        return answer
+
+def _post(connection: OneWrite, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", path, json.dumps(body).encode(), headers)
+    response = connection.getresponse()
+    text = response.read().decode()
+    assert response.status == 200, f"{path}: {response.status} {text}"
+    answer: dict[str, Any] = json.loads(text)
+    return answer
 
 
 def without_weight(

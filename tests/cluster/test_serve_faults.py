@@ -7,15 +7,14 @@ which version may have answered when.
 from __future__ import annotations
 
 import os
+import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-import ray
 from ray import serve
 
 from raysys.rollout.controller import RolloutController
@@ -32,7 +31,7 @@ rollout:
   weight_fraction: 0.5
   min_requests: 150
   interval_s: 0.5
-  latency_slo_ms: 5000.0
+  latency_slo_ms: 80.0
   max_bad_rate_increase: 0.1
   max_ctr_drop: 0.3
   max_conversion_drop: 0.3
@@ -104,9 +103,7 @@ def assert_all_was_allowed(shop: FaultyShop, users: Users) -> None:
     assert without_weight(users.answers, entries, STABLE) == []
 
 
-def test_the_load_notices_a_stable_version_that_fails(
-    ray_cluster: None, quiet: FaultyShop
-) -> None:
+def test_the_load_notices_a_stable_version_that_fails(ray_cluster: None, quiet: FaultyShop) -> None:
     """The negative control of all that follow: promoted by hand, `throws` has nobody behind it."""
     shop = quiet
     before = shop.log.refresh().stable
@@ -189,12 +186,12 @@ def feedback_status(shop: FaultyShop) -> int:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("throws", "bad"),
-        ("nan", "not finite|invalid"),
-        ("slow", "p99|bad"),
-        ("random", "NDCG|click|CTR|feedback"),
-        ("strange", "bad|lacks"),
-        ("shifted", "NDCG|click|CTR|feedback"),
+        ("throws", "were bad"),
+        ("nan", "scores that are no numbers"),
+        ("slow", "p99|were bad"),
+        ("random", "were clicked|NDCG"),
+        ("strange", "were bad"),
+        ("shifted", "were clicked|NDCG"),
     ],
 )
 def test_a_faulty_canary_is_rolled_back_by_itself(
@@ -203,21 +200,21 @@ def test_a_faulty_canary_is_rolled_back_by_itself(
     shop = quiet
     canary = shop.commit_next(fault)
     before = shop.log.refresh().stable
-    with Users(shop.url, clicks=True, num_threads=6, pause_s=0.0) as users:
+    with Users(shop.url, clicks=True, num_threads=12, pause_s=0.0) as users:
         shop.start(canary)
         eventually(lambda: shop.log.refresh().canary is None, f"no verdict on {canary}", 45.0)
         eventually(lambda: users.newest() == {before}, "the rollback did not reach all replicas")
     rollout = shop.log.refresh().rollout
     assert rollout is not None
     assert (rollout.phase, rollout.actor) == ("rolled_back", "controller"), rollout.reason
-    print(fault, "->", rollout.reason)
+    assert re.search(reason, rollout.reason), rollout.reason
     assert_all_was_allowed(shop, users)
 
 
 def test_an_equal_canary_is_promoted_by_itself(quiet: FaultyShop) -> None:
     shop = quiet
     canary = shop.commit_next("equal")
-    with Users(shop.url, clicks=True, num_threads=6, pause_s=0.0) as users:
+    with Users(shop.url, clicks=True, num_threads=12, pause_s=0.0) as users:
         shop.start(canary)
         eventually(lambda: shop.log.refresh().canary is None, "no verdict", 45.0)
         eventually(lambda: users.newest() == {canary}, "the promotion did not reach all replicas")

@@ -17,7 +17,7 @@ from tests.faulty_versions import ITEMS
 
 GRACE_S = 2.0
 """A version may answer for so long after the record that took its weight."""
-NUM_CANDIDATES = 20
+NUM_CANDIDATES = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ class Users:
         self._clicks, self._pause_s = clicks, pause_s
         self._ended = threading.Event()
         self._names = itertools.count()
-        self._deadline = time.monotonic() + 60.0
+        self._deadline = time.monotonic() + 90.0
         self._threads = [threading.Thread(target=self._run) for _ in range(num_threads)]
 
     def __enter__(self) -> Users:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from raysys.config import RetrievalConfig, RolloutConfig, RuleConfig
+from raysys.config import HttpConfig, RetrievalConfig, RolloutConfig, RuleConfig, ShadowConfig
 from raysys.ingest.features import ItemTable, UserHistory
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
 from raysys.ledger.records import Record, UpdateCommitted
 from raysys.rollout.reports import ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.rollout.view import RolloutView
-from raysys.serve.app import create_api
+from raysys.serve.api import create_api
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Follower
 from raysys.serve.keys import Keys
@@ -26,7 +32,9 @@ from raysys.serve.metrics import Outcome
 from raysys.serve.ranker import ResidentVersions
 from raysys.serve.replica import Replica
 from raysys.serve.service import RankService
+from raysys.serve.shadow import Outcome as ShadowOutcome
 from raysys.serve.shelf import Shelves
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 ITEMS = ("apple", "bread", "cheese", "dates")
@@ -140,19 +148,40 @@ class FakeMetrics:
         self.outcomes: list[tuple[str, Outcome]] = []
         self.num_feedback = 0
         self.num_dropped = 0
+        self.num_written = 0
+        self.num_shown = 0
+        self.rejections: list[str] = []
         self.resident: set[str] = set()
+        self.failing: set[str] = set()
+        self.shadowed_by: list[tuple[str, ShadowOutcome]] = []
+        self.shadow = ShadowCounts()
 
     def ranked(self, *, version: str, surface: str, outcome: Outcome, latency_ms: float) -> None:
         self.outcomes.append((version, outcome))
 
-    def feedback(self, *, version: str, surface: str, num_events: int) -> None:
-        self.num_feedback += num_events
+    def shown(self, *, version: str, surface: str, num_items: int) -> None:
+        self.num_shown += num_items
 
-    def dropped(self, num_events: int) -> None:
+    def feedback(self, *, version: str, surface: str, kinds: Iterable[str]) -> None:
+        self.num_feedback += len(list(kinds))
+
+    def rejected(self, endpoint: str) -> None:
+        self.rejections.append(endpoint)
+
+    def written(self, file: str, num_events: int) -> None:
+        self.num_written += num_events
+
+    def dropped(self, file: str, num_events: int) -> None:
         self.num_dropped += num_events
 
-    def state(self, *, weight_fraction: float, resident: Iterable[str]) -> None:
-        self.resident = set(resident)
+    def state(
+        self, *, weight_fraction: float, resident: Iterable[str], failing: Iterable[str]
+    ) -> None:
+        self.resident, self.failing = set(resident), set(failing)
+
+    def shadowed(self, *, version: str, outcome: ShadowOutcome, counts: ShadowCounts) -> None:
+        self.shadowed_by.append((version, outcome))
+        self.shadow = counts
 
 
 class FakeController:
@@ -195,6 +224,9 @@ class FakeReplica:
         item_ids: Sequence[str] = (),
         max_ts_age_s: float = math.inf,
         keys: Sequence[bytes] = (b"0123456789abcdef",),
+        impressions_interval_s: float = 0.01,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
         rules: Sequence[RuleConfig] = (),
         retrieval: RetrievalConfig | None = None,
         reserve: float = 0.0,
@@ -207,8 +239,10 @@ class FakeReplica:
         self.pseudonymizer = Pseudonymizer(*keys)
         for record in records:
             self.append(record)
-        impressions = EventWriter(root, "impressions", interval_s=0.01)
-        feedback = EventWriter(root, "feedback", interval_s=0.01)
+        impressions = EventWriter(
+            root, "impressions", interval_s=impressions_interval_s, metrics=self.metrics
+        )
+        feedback = EventWriter(root, "feedback", interval_s=0.01, metrics=self.metrics)
         self.service = RankService(
             replica_id="replica-1",
             config=config or RolloutConfig(),
@@ -217,20 +251,24 @@ class FakeReplica:
             impressions=impressions,
             feedback=feedback,
             metrics=self.metrics,
+            sample_fraction=sample_fraction,
+            shadow=shadow,
             shelves=Shelves(retrieval or RetrievalConfig(), rules),
             reserve=reserve,
             max_ts_age_s=max_ts_age_s,
         )
         follower = Follower(self.service, self.log, self.controller, interval_s=0.01)
-        self.replica = Replica(self.service, follower, impressions, feedback)
+        steering = Steering(self.log, config or RolloutConfig(), follower.adopt)
+        self.replica = Replica(self.service, follower, impressions, feedback, steering)
 
     def append(self, record: Record) -> None:
         self.log.transact(lambda state: record)
 
     @contextmanager
-    def client(self) -> Iterator[TestClient]:
+    def client(self, http: HttpConfig | None = None) -> Iterator[TestClient]:
         """The HTTP API, from its start to its end."""
-        with TestClient(create_api(self.replica), raise_server_exceptions=False) as client:
+        api = create_api(self.replica, http or HttpConfig())
+        with TestClient(api, raise_server_exceptions=False) as client:
             yield client
 
     def _load(self, name: str) -> Any:
@@ -238,3 +276,22 @@ class FakeReplica:
         if isinstance(version, Exception):
             raise version
         return version
+
+
+@contextmanager
+def serving(api: FastAPI) -> Iterator[int]:
+    """An API on a real server, which parses requests as production's does; yields its port."""
+    options: Any = {"log_level": "error", "lifespan": "on"}
+    running = uvicorn.Server(uvicorn.Config(api, **options))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not running.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join(10)

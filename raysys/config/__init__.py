@@ -10,6 +10,8 @@ shop.py       all sections together
 data.py       what an update reads and makes of it
 model.py      how the ranker is trained, kept private and judged
 rollout.py    how a canary is put on trial on live traffic
+impressions.py  what replicas keep of what they show, and compare in the shadow
+http.py       what a replica takes from callers, and who may steer a rollout
 tune.py       which hyperparameters are tried, and how that is charged
 retrieval.py  how candidates are found, and what an ad has to be worth
 rules.py      what the shop wants of rankings whatever the model says
@@ -25,6 +27,8 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.load import load_config, parse_config, parse_rollout, with_values
 from raysys.config.model import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -57,6 +61,8 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GateConfig",
+    "HttpConfig",
+    "ImpressionConfig",
     "IngestConfig",
     "LabelConfig",
     "LeaseConfig",
@@ -70,6 +76,7 @@ __all__ = [
     "RolloutConfig",
     "RuleConfig",
     "SchemaConfig",
+    "ShadowConfig",
     "Step",
     "TrainConfig",
     "TuneConfig",

@@ -37,12 +37,16 @@ def load_config(path: str | Path) -> Config:
             f"config file {path} is not YAML: {' '.join(str(error).split())}"
         ) from error
     config = parse_config(raw)
-    if not config.pseudonyms.key_file:
-        return config
-    key_file = path.parent / Path(config.pseudonyms.key_file).expanduser()
-    return dataclasses.replace(
-        config, pseudonyms=PseudonymConfig(key_file=str(key_file.absolute()))
-    )
+    keys, http = config.pseudonyms, config.http
+    if keys.key_file:
+        keys = PseudonymConfig(key_file=_beside(path, keys.key_file))
+    if http.token_file:
+        http = dataclasses.replace(http, token_file=_beside(path, http.token_file))
+    return dataclasses.replace(config, pseudonyms=keys, http=http)
+
+
+def _beside(config_file: Path, path: str) -> str:
+    return str((config_file.parent / Path(path).expanduser()).absolute())
 
 
 def parse_config(raw: object) -> Config:

@@ -48,7 +48,8 @@ class Step:
     """One step of a rollout: exactly one of these."""
 
     set_weight: float | None = None
-    """Share of users that the canary answers from now on, in (0, 1)."""
+    """Share of users that the canary answers from now on, in (0, 1). 0 before a first pause: nobody
+    is answered by it, and `shadow` shows how it would rank."""
     pause: Pause | None = None
     analysis: Analysis | None = None
 
@@ -194,7 +195,10 @@ class RolloutConfig:
                 )
                 more = f" that is more than {highest:g}" if highest else ""
                 expected = f"a fraction in (0, 1){more}"
-                require(highest < weight < 1, f"{key}.set_weight", weight, expected)
+                only_shadowed = weight == 0 and i == 0 and follows[0].pause is not None
+                require(
+                    highest < weight < 1 or only_shadowed, f"{key}.set_weight", weight, expected
+                )
                 highest = weight
             _check_waits(step, key)
 

@@ -15,6 +15,8 @@ from raysys.config.data import (
     PseudonymConfig,
     SchemaConfig,
 )
+from raysys.config.http import HttpConfig
+from raysys.config.impressions import ImpressionConfig, ShadowConfig
 from raysys.config.model import (
     EvaluateConfig,
     GateConfig,
@@ -47,6 +49,9 @@ class Config:
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    impressions: ImpressionConfig = dataclasses.field(default_factory=ImpressionConfig)
+    shadow: ShadowConfig = dataclasses.field(default_factory=ShadowConfig)
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
     retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
     ads: AdsConfig = dataclasses.field(default_factory=AdsConfig)
     rules: tuple[RuleConfig, ...] = ()

@@ -46,6 +46,7 @@ CLEAN_SCHEMA: dict[str, pl.DataType] = {
     "surface": pl.String(),
     "position": pl.Int32(),
     "propensity": pl.Float64(),
+    "sample_fraction": pl.Float64(),
     "version": pl.String(),
 }
 """Usable rows: `user` is a pseudonym, `ts` UNIX seconds; `request_id` is made of the user and the

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 from numpy.typing import NDArray
 
 from raysys.config import IngestConfig, LabelConfig
@@ -32,6 +33,7 @@ from raysys.ingest.groups import in_group
 from raysys.ingest.history import HISTORY_SCHEMA, Histories, merge_histories
 from raysys.ingest.labels import (
     IMPRESSION_SCHEMA,
+    IS_SAMPLED,
     OUTCOME_SCHEMA,
     REQUEST,
     Labelled,
@@ -133,7 +135,7 @@ def build_shard(
     shown = _publish(impressions.sort("user", "ts", "request_id", "item"), settings.timeline)
     labelled = label(
         shown,
-        outcomes.select(list(OUTCOME_SCHEMA)),
+        outcomes.select(cs.by_name(*OUTCOME_SCHEMA, IS_SAMPLED, require_all=False)),
         before.waiting,
         before.histories,
         horizon=settings.horizon,
@@ -225,11 +227,21 @@ def _requests(
         pl.col("item", "gain", "position", "popularity", "trend"),
         shown=pl.lit(True),
     )
-    unshown = labelled.unshown.group_by(REQUEST, maintain_order=True).agg(
-        pl.col("ts").min(),
-        pl.col("query").drop_nulls().first(),
-        pl.col("item", "gain"),
-        shown=pl.lit(False),
+    # Sampled negatives show a softmax what an item is better than, whether or not others' were
+    # kept. For a probability, outcomes without the impressions that had none count double.
+    has_no_impression = [
+        labelled.unshown,
+        *([labelled.sampled_out] if settings.needs_outcome else []),
+    ]
+    unshown = (
+        pl.concat(has_no_impression)
+        .group_by(REQUEST, maintain_order=True)
+        .agg(
+            pl.col("ts").min(),
+            pl.col("query").drop_nulls().first(),
+            pl.col("item", "gain"),
+            shown=pl.lit(False),
+        )
     )
     requests = pl.concat([shown, unshown], how="diagonal")
     in_training = held_out.filter(~pl.col("held_out"))

@@ -8,6 +8,10 @@ before the horizon, the end of the newest partition: then it is trained on, once
 that came in time. Outcomes that no impression explains are requests of their own; sampled negatives
 stand in for what was shown. Every impression and every outcome is counted where it went.
 
+Where a replica keeps the impressions of a share of requests only (`impressions.sample_fraction`),
+an outcome without impressions says nothing about what was shown. Whoever estimates a probability
+has to leave it out: the requests that were kept are then a simple random sample of all.
+
 Pure Polars: the shard's task calls it. Source: EasyRec's sample join (positives wait, late ones are
 emitted on their own), and Databricks' watermarks. Here what waits is state of the last commit, so
 nothing is joined twice or lost.
@@ -37,6 +41,9 @@ OUTCOME_SCHEMA = {
     "weight": pl.Float64(),
 }
 """`weight` is the gain over the largest gain; it is what histories add up."""
+IS_SAMPLED = "is_sampled"
+"""Column of an update's own outcomes: whether the impressions of some such requests are not kept.
+None has it that comes from a shop's own files, or from replicas that keep all."""
 
 IMPRESSION_SCHEMA = {
     "user": pl.String(),
@@ -68,6 +75,7 @@ OUTCOME_FATES = (
     "before_impression",
     "not_shown",
     "without_impression",
+    "sampled_out",
     "late_event",
 )
 IMPRESSION_FATES = ("with_outcome", "without_outcome", "waiting", "repeated", "late_impression")
@@ -101,7 +109,9 @@ class Labelled:
     mature: pl.DataFrame
     """IMPRESSION_SCHEMA plus `gain`, 0 without an outcome: of requests to train on now."""
     unshown: pl.DataFrame
-    """OUTCOME_SCHEMA: outcomes that no impression explains."""
+    """OUTCOME_SCHEMA: outcomes that no impression explains, though all impressions are kept."""
+    sampled_out: pl.DataFrame
+    """OUTCOME_SCHEMA: outcomes that no impression explains, since not all are kept."""
     waiting: Waiting
     settled: pl.DataFrame
     """OUTCOME_SCHEMA: outcomes that go into the histories now; those in `waiting.recent` do not."""
@@ -144,7 +154,7 @@ def label(
 
     Args:
       impressions: IMPRESSION_SCHEMA: the update's own.
-      outcomes: OUTCOME_SCHEMA: the update's own, each event once.
+      outcomes: OUTCOME_SCHEMA, and IS_SAMPLED if there are any: the update's own, each event once.
       histories: The settled ones: `user`, `last_ts`. What is older than a user's cannot be trained
         on, since the history that it would be seen with already holds what followed.
       horizon: UNIX seconds up to which all is known: the end of the newest partition.
@@ -152,22 +162,32 @@ def label(
     shown, rejected = _open_requests(impressions, before, histories)
     closes_at = pl.col("ts").min().over(REQUEST) + config.attribution_window_s
     shown = shown.with_columns(closes_at=closes_at)
-    known = pl.concat([before.recent, outcomes])
+    known = pl.concat([before.recent, outcomes.select(list(OUTCOME_SCHEMA))])
     is_mature = pl.col("closes_at") <= horizon
     labelled = attribute(shown, known)
     mature, waits = labelled.filter(is_mature), labelled.filter(~is_mature)
     fates = _fates(outcomes, shown, before.closed, histories, horizon)
-    unshown = outcomes.filter(fates == "without_impression")
+    unshown, sampled_out = (
+        outcomes.filter(fates == fate).select(list(OUTCOME_SCHEMA))
+        for fate in ("without_impression", "sampled_out")
+    )
     is_recent = pl.col("ts") > horizon - config.attribution_window_s
     with_outcome = pl.col("gain").max().over(REQUEST) > 0
     num_with_outcome = len(mature.filter(with_outcome)) if len(mature) else 0
     return Labelled(
         mature=mature.drop("closes_at"),
         unshown=unshown,
+        sampled_out=sampled_out,
         waiting=Waiting(
             impressions=waits.select(list(IMPRESSION_SCHEMA)),
             recent=known.filter(is_recent),
-            closed=_closed(before.closed, mature, unshown, horizon, config.late_window_s),
+            closed=_closed(
+                before.closed,
+                mature,
+                pl.concat([unshown, sampled_out]),
+                horizon,
+                config.late_window_s,
+            ),
         ),
         settled=known.filter(~is_recent),
         impressions={
@@ -208,6 +228,7 @@ def _fates(
     joined = outcomes
     for other, key in ((items, SHOWN_ITEM), (requests, REQUEST), (passed, REQUEST)):
         joined = joined.join(other, on=key, how="left", maintain_order="left")
+    is_sampled = pl.col(IS_SAMPLED) if IS_SAMPLED in outcomes.columns else pl.lit(False)
     was_shown = pl.col("_shown_ts").is_not_null()
     fate = (
         pl.when(was_shown & _IN_TIME & (pl.col("closes_at") <= horizon))
@@ -217,6 +238,7 @@ def _fates(
         .when(was_shown | pl.col("_passed").is_not_null()).then(pl.lit("late_outcome"))
         .when(pl.col("_open").is_not_null()).then(pl.lit("not_shown"))
         .when(pl.Series(_is_too_old(outcomes, histories))).then(pl.lit("late_event"))
+        .when(is_sampled).then(pl.lit("sampled_out"))
         .otherwise(pl.lit("without_impression"))
     )  # fmt: skip
     return joined.select(fate.alias("fate"))["fate"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from raysys.ingest.labels import IMPRESSION_SCHEMA, OUTCOME_SCHEMA
+from raysys.ingest.labels import IMPRESSION_SCHEMA, IS_SAMPLED, OUTCOME_SCHEMA
 from raysys.ingest.periods import period_of
 from raysys.ingest.seen import SEEN_SCHEMA, days_of
 
@@ -40,7 +40,8 @@ def split_events(
       ends: (P,) UNIX seconds at which the periods end.
 
     Returns:
-      OUTCOME_SCHEMA and `period`; IMPRESSION_SCHEMA without what was public; EVENT_FATES.
+      OUTCOME_SCHEMA, `period` and IS_SAMPLED; IMPRESSION_SCHEMA without what was public;
+      EVENT_FATES.
     """
     dated = rows.with_columns(days_of(rows))
     new = dated.join(seen, on=list(SEEN_SCHEMA), how="anti", maintain_order="left")
@@ -64,7 +65,7 @@ def split_events(
     shown = [name for name in IMPRESSION_SCHEMA if name in impressions.columns]
     period = pl.Series("period", period_of(outcomes["ts"].to_numpy(), ends))
     return (
-        outcomes.select(list(OUTCOME_SCHEMA)).with_columns(period),
+        outcomes.select(*OUTCOME_SCHEMA, IS_SAMPLED).with_columns(period),
         impressions.select(shown),
         fates,
     )
@@ -73,4 +74,9 @@ def split_events(
 def _outcomes(known: pl.DataFrame, gains: Mapping[str, float]) -> pl.DataFrame:
     outcomes = known.filter(pl.col("event_type").is_in(list(gains)))
     gain = pl.col("event_type").replace_strict(gains, default=0.0, return_dtype=pl.Float64)
-    return outcomes.with_columns(gain=gain, weight=gain / max(gains.values()))
+    is_sampled = pl.lit(False)
+    if "sample_fraction" in outcomes.columns:
+        is_sampled = pl.col("sample_fraction").fill_null(1.0) < 1
+    return outcomes.with_columns(
+        is_sampled.alias(IS_SAMPLED), gain=gain, weight=gain / max(gains.values())
+    )

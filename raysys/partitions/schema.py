@@ -38,8 +38,13 @@ EVENT_SCHEMA: dict[str, pl.DataType] = {
     "price": pl.Float64(),
     "quantity": pl.Float64(),
     "propensity": pl.Float64(),
+    "sample_fraction": pl.Float64(),
 }
-"""`user_key_id` is set where `user_id` is a pseudonym already, made with the key of that id."""
+"""`user_key_id` is set where `user_id` is a pseudonym already, made with the key of that id.
+
+`propensity` is the probability that the user was answered by the version that did, over all draws
+of the split. `sample_fraction` is the share of requests whose impressions are kept, of which this
+is one or, for an outcome, may not be one; null stands for 1."""
 
 REQUIRED_EVENT_COLUMNS = frozenset({"event_id", "event_type", "user_id", "item_id", "ts"})
 

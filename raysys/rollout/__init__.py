@@ -9,6 +9,8 @@ analysis.py    pure: counters -> Measurement
 policy.py      pure: Measurement, step -> Decision
 view.py        what replicas have to know of a rollout
 reports.py     the replicas' counts, put together
+shadow.py      the same of what shadow scoring found
 controller.py  the actor that follows, judges and decides
 notify.py      tells a webhook of each transition
+watch.py       tells the metrics what the ledger says
 """

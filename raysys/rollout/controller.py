@@ -36,6 +36,7 @@ from raysys.rollout.progress import step_seconds
 from raysys.rollout.reports import ReplicaReport, RolloutCounts
 from raysys.rollout.state import abort, advance, current_step, pause, rules_of
 from raysys.rollout.view import RolloutView
+from raysys.rollout.watch import BuildReport, watch
 from raysys.storage import Root
 
 REFRESH_INTERVAL_S = 1.0
@@ -114,7 +115,9 @@ class Control:
 
     def measurement(self) -> dict[str, Any] | None:
         """Returns the newest look at the canary, None if there is none on trial."""
-        return self._measurement.to_json() if self._measurement and self._counts else None
+        if self._measurement is None or self._counts is None:
+            return None
+        return {**self._measurement.to_json(), "shadow": self._counts.shadow.to_json()}
 
     async def _follow(self, state: State) -> None:
         view = RolloutView.of(state)
@@ -208,15 +211,19 @@ class Control:
 class RolloutController:
     """`Control` as a Serve deployment."""
 
-    def __init__(self, config_path: str) -> None:
+    def __init__(self, config_path: str, metrics: BuildReport | None = None) -> None:
         config = load_config(config_path)
         rollout, loop = config.rollout, asyncio.get_running_loop()
         notifier = None
         if rollout.webhook_url is not None:
             notifier = Notifier(rollout.webhook_url, timeout_s=rollout.webhook_timeout_s)
             self._telling = loop.create_task(notifier.run())
-        self._control = Control(Log(Root(config.root)), rollout, notifier=notifier)
+        root = Root(config.root)
+        self._control = Control(Log(root), rollout, notifier=notifier)
         self._task = loop.create_task(self._control.run())
+        if metrics is not None:
+            # Apart from the control: nothing that is merely shown may delay a rollback.
+            self._watch = loop.create_task(watch(Log(root), metrics(config, root)))
 
     async def wait_for_change(self, known_sequence: int, timeout_s: float) -> RolloutView | None:
         """As `Control.wait_for_change`."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from raysys.partitions.schema import Surface
 from raysys.rollout.counters import GAINS, Arm, OutcomeKind, VersionCounters, place
+from raysys.rollout.shadow import ShadowCounts
 
 _RANK_UNIT = max(GAINS.values()) + 1
 
@@ -51,6 +52,8 @@ class ReplicaReport:
     """Number of the first of `conversions` among all that this replica saw."""
     refusal: str | None
     """Why the canary did not pass its check here, None if it did or was not checked yet."""
+    shadow: ShadowCounts = dataclasses.field(default_factory=ShadowCounts)
+    """What shadow scoring found here."""
 
 
 class RolloutCounts:
@@ -59,6 +62,7 @@ class RolloutCounts:
     def __init__(self, rollout_id: str) -> None:
         self.rollout_id = rollout_id
         self._counters: dict[str, tuple[VersionCounters, VersionCounters]] = {}
+        self._shadow: dict[str, ShadowCounts] = {}
         self._num_held: dict[str, int] = {}
         self._outcomes: dict[str, tuple[int, ...]] = {}
         """Nonce -> what is known of the request's outcomes, sorted: few bytes a request."""
@@ -80,7 +84,16 @@ class RolloutCounts:
             _newer(canary, report.canary),
             _newer(stable, report.stable),
         )
+        before = self._shadow.get(report.replica_id, ShadowCounts())
+        self._shadow[report.replica_id] = max(
+            before, report.shadow, key=lambda counts: counts.num_requests
+        )
         return self._take_conversions(report)
+
+    @property
+    def shadow(self) -> ShadowCounts:
+        """What shadow scoring found at all replicas, dead ones included."""
+        return sum(self._shadow.values(), ShadowCounts())
 
     def totals(self) -> tuple[VersionCounters, VersionCounters]:
         """Returns the counters of canary and stable over all replicas, dead ones included."""

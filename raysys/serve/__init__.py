@@ -13,7 +13,8 @@ checks.py       tells the caller's mistake from a version's fault
 tally.py        what a replica counts for the rollout
 impressions.py  what was shown, as rows
 feedback.py     impressions and feedback become event files
-metrics.py      what a replica tells Prometheus
+shadow.py       how alike stable and canary rank, after the answer
+metrics.py      what replicas and controller tell Prometheus
 service.py      split, fallback and counting, without HTTP and without Ray
 follower.py     follows the controller, loads versions, sends counts
 replica.py      all of that as one thing that starts and stops

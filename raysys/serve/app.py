@@ -4,28 +4,23 @@
     curl -d '{"user_id": "alice", "candidates": ["a", "b"]}' \\
          -H 'Content-Type: application/json' localhost:8000/v1/rank
 
-`create_api` is the HTTP side on a plain FastAPI app, `Ranker` the deployment around it, and `build`
+`serve.api` is the HTTP side on a plain FastAPI app, `Ranker` the deployment around it, and `build`
 what a Serve config imports. New model versions never touch that config: replicas follow the ledger.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-import raysys
 from raysys.config import load_config
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ingest.stats import load_item_ids
@@ -35,159 +30,20 @@ from raysys.registry.store import load_version
 from raysys.rollout.controller import RolloutController
 from raysys.rollout.reports import ReplicaReport
 from raysys.rollout.view import RolloutView
+from raysys.serve.api import create_api
+from raysys.serve.auth import Tokens
 from raysys.serve.feedback import EventWriter
 from raysys.serve.follower import Controller, Follower
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import RayMetrics
+from raysys.serve.metrics import RayMetrics, controller_metrics
 from raysys.serve.ranker import ResidentVersions, Servable
 from raysys.serve.replica import Replica
-from raysys.serve.schema import (
-    AdsAnswer,
-    AdsRequest,
-    ApiError,
-    ErrorAnswer,
-    FeedbackAnswer,
-    FeedbackRequest,
-    HealthAnswer,
-    RankAnswer,
-    RankRequest,
-    RecommendAnswer,
-    RecommendRequest,
-    RolloutAnswer,
-    SearchAnswer,
-    SearchRequest,
-    VersionsAnswer,
-    describe,
-)
 from raysys.serve.service import RankService
 from raysys.serve.shelf import Shelves
+from raysys.serve.steering import Steering
 from raysys.storage import Root
 
 LoadVersion = Callable[[Root, UpdateCommitted], Servable]
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 404, 422, 500, 503)
-}
-
-
-ForcedVersion = Annotated[str | None, Header()]
-
-
-def create_api(replica: Replica) -> FastAPI:
-    """Returns the HTTP API of a replica, which starts and stops with it."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await replica.start()
-        yield
-        await replica.stop()
-
-    app = FastAPI(
-        title="raysys",
-        version=raysys.__version__,
-        description="Ranks candidates for a shop's users, and takes what came of it.",
-        lifespan=lifespan,
-        responses=_ERRORS,
-    )
-    _add_errors(app)
-    _add_ranking(app, replica.service)
-    _add_status(app, replica)
-    return app
-
-
-def _add_ranking(app: FastAPI, service: RankService) -> None:
-    @app.post("/v1/rank", response_model=RankAnswer)
-    async def rank(request: RankRequest, x_raysys_version: ForcedVersion = None) -> Response:
-        """Ranks candidates for a user. `X-Raysys-Version` has one version answer, uncounted."""
-        return _json(await service.rank(request, x_raysys_version))
-
-    @app.post("/v1/search", response_model=SearchAnswer)
-    async def search(request: SearchRequest, x_raysys_version: ForcedVersion = None) -> Response:
-        """Finds items by a query, and ranks them for a user."""
-        return _json(await service.search(request, x_raysys_version))
-
-    @app.post("/v1/recommend", response_model=RecommendAnswer)
-    async def recommend(
-        request: RecommendRequest, x_raysys_version: ForcedVersion = None
-    ) -> Response:
-        """Chooses items for a user or a history, and ranks them; without either, popular ones."""
-        return _json(await service.recommend(request, x_raysys_version))
-
-    @app.post("/v1/ads", response_model=AdsAnswer)
-    async def ads(request: AdsRequest, x_raysys_version: ForcedVersion = None) -> Response:
-        """Ranks ads by their probability times their bid, those that reach the reserve."""
-        return _json(await service.ads(request, x_raysys_version))
-
-    @app.post("/v1/feedback")
-    async def feedback(request: FeedbackRequest) -> FeedbackAnswer:
-        """Stores what the user did with an answer. Send items of its ranking only."""
-        return await service.feedback(request)
-
-
-def _add_status(app: FastAPI, replica: Replica) -> None:
-    service = replica.service
-
-    @app.get("/v1/versions")
-    async def versions() -> VersionsAnswer:
-        """The versions in this replica's memory."""
-        return service.resident()
-
-    @app.get("/v1/rollout")
-    async def rollout() -> RolloutAnswer:
-        """The rollout as this replica follows it, and the controller's newest measurement."""
-        view = service.view
-        return RolloutAnswer(
-            sequence=view.sequence,
-            rollout_id=view.rollout_id,
-            stable=view.stable,
-            canary=view.canary,
-            previous=view.previous,
-            weight_fraction=view.weight_fraction,
-            measurement=await replica.follower.measurement() if view.canary else None,
-        )
-
-    @app.get("/v1/healthz")
-    async def healthz() -> HealthAnswer:
-        """The replica is alive."""
-        return HealthAnswer(status="ok")
-
-    @app.get("/v1/readyz")
-    async def readyz() -> HealthAnswer:
-        """A version is loaded and answers."""
-        if not service.is_ready:
-            missing = service.resident().missing
-            why = "; ".join(missing.values()) or "no version is committed: run an update first"
-            raise ApiError(503, f"not ready: {why}")
-        return HealthAnswer(status="ok")
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Gives every error the one shape, a single line that says what to do."""
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return _error(error.status, error.message)
-
-    @app.exception_handler(RequestValidationError)
-    async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(*describe(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def bad_request(request: Request, error: HTTPException) -> JSONResponse:
-        place = f"{request.method} {request.url.path}"
-        return _error(error.status_code, f"{place}: {error.detail}; see /docs for what there is")
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        return _error(500, "internal error; the replica's log has the cause")
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": " ".join(message.split())}, status)
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
 
 
 class _ControllerHandle:
@@ -247,10 +103,11 @@ class Ranker:
         controller: DeploymentHandle[RolloutController],
         load: LoadVersion = load_version,
     ) -> None:
+        self._http = load_config(args.config).http
         self._replica = open_replica(args, _ControllerHandle(controller), load)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._replica)
+        return create_api(self._replica, self._http)
 
 
 def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) -> Replica:
@@ -263,9 +120,9 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     root = Root(config.root)
     log, metrics = Log(root), RayMetrics()
     impressions = EventWriter(
-        root, "impressions", interval_s=args.impressions_interval_s, on_drop=metrics.dropped
+        root, "impressions", interval_s=args.impressions_interval_s, metrics=metrics
     )
-    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s)
+    feedback = EventWriter(root, "feedback", interval_s=args.feedback_interval_s, metrics=metrics)
     keys = Keys(lambda: Pseudonymizer.from_config(config.pseudonyms))
     shelves = Shelves(config.retrieval, config.rules)
     service = RankService(
@@ -279,6 +136,8 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
         impressions=impressions,
         feedback=feedback,
         metrics=metrics,
+        sample_fraction=config.impressions.sample_fraction,
+        shadow=config.shadow,
         shelves=shelves,
         reserve=config.ads.reserve,
         max_ts_age_s=args.max_ts_age_s,
@@ -286,7 +145,8 @@ def open_replica(args: RankerArgs, controller: Controller, load: LoadVersion) ->
     # Half a million objects of torch, Ray and the version live as long as the replica. Looking
     # through them for garbage takes 0.3 s, in which nothing else of the process runs.
     follower = Follower(service, log, controller, on_first_version=gc.freeze)
-    return Replica(service, follower, impressions, feedback)
+    steering = Steering(log, config.rollout, follower.adopt)
+    return Replica(service, follower, impressions, feedback, steering)
 
 
 def load_named(name: str, root: Root, log: Log, keys: Keys, load: LoadVersion) -> Servable:
@@ -309,8 +169,10 @@ def build(args: Mapping[str, Any]) -> Application:
       ValidationError: `args` is not `RankerArgs`.
     """
     parsed = RankerArgs.model_validate(args)
-    load_config(parsed.config)
+    config = load_config(parsed.config)
+    if config.http.token_file:
+        Tokens(config.http.token_file).digests()
     # Serve's decorators are typed to return the class; what they return has `bind`.
-    controller = RolloutController.bind(parsed.config)  # type: ignore[attr-defined]
+    controller = RolloutController.bind(parsed.config, controller_metrics)  # type: ignore[attr-defined]
     application: Application = Ranker.bind(parsed, controller)  # type: ignore[attr-defined]
     return application

@@ -17,8 +17,8 @@ import hashlib
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import polars as pl
 
@@ -40,7 +40,16 @@ Row = Mapping[str, Any]
 Batch = Sequence[Row] | Impressions
 """What is added together, and dropped together."""
 
+EventFile = Literal["impressions", "feedback"]
+
 _logger = logging.getLogger(__name__)
+
+
+class WriterMetrics(Protocol):
+    """What a writer reports."""
+
+    def written(self, file: EventFile, num_events: int) -> None: ...
+    def dropped(self, file: EventFile, num_events: int) -> None: ...
 
 
 def feedback_rows(
@@ -53,6 +62,8 @@ def feedback_rows(
         "user_key_id": user_key_id,
         "surface": tag.surface,
         "version": tag.version,
+        "propensity": tag.propensity,
+        "sample_fraction": tag.sample_fraction,
     }
     return [
         {
@@ -61,6 +72,7 @@ def feedback_rows(
             "event_type": event.event_type,
             "item_id": event.item_id,
             "ts": _time(now if event.ts is None else event.ts),
+            "position": event.rank,
             "price": event.price,
             "quantity": event.quantity,
         }
@@ -83,17 +95,17 @@ class EventWriter:
     def __init__(
         self,
         root: Root,
-        prefix: str,
+        prefix: EventFile,
         *,
         interval_s: float,
-        on_drop: Callable[[int], None] = lambda num_rows: None,
+        metrics: WriterMetrics | None = None,
         max_waiting_rows: int = MAX_WAITING_ROWS,
     ) -> None:
         """Makes a writer of files `<prefix>-<uuid>.parquet`, at most one a day and interval."""
         self._root = root
         self._prefix = prefix
         self._interval_s = interval_s
-        self._on_drop = on_drop
+        self._metrics = metrics
         self._max_waiting_rows = max_waiting_rows
         self._unacknowledged: deque[Batch] = deque()
         self._num_unacknowledged = 0
@@ -155,6 +167,8 @@ class EventWriter:
             self._has_rows.set()
             _settle(waiting, error)
         else:
+            if self._metrics is not None:
+                self._metrics.written(self._prefix, sum(map(len, batches)))
             _settle(waiting, None)
 
     def _put(self, batches: Sequence[Batch]) -> None:
@@ -176,7 +190,8 @@ class EventWriter:
             num_dropped += len(self._unacknowledged.popleft())
         if num_dropped:
             self._num_unacknowledged -= num_dropped
-            self._on_drop(num_dropped)
+            if self._metrics is not None:
+                self._metrics.dropped(self._prefix, num_dropped)
 
 
 def to_frame(batches: Sequence[Batch]) -> pl.DataFrame:

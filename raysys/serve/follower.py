@@ -81,6 +81,11 @@ class Follower:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def adopt(self, view: RolloutView) -> None:
+        """Has the replica follow a view from now on, and load at once what that needs."""
+        self._service.adopt(view)
+        self._has_news.set()
+
     async def measurement(self) -> dict[str, Any] | None:
         """Returns the controller's newest look at the canary, None while it is away."""
         try:
@@ -103,8 +108,7 @@ class Follower:
         async with asyncio.timeout(POLL_TIMEOUT_S + ANSWER_TIMEOUT_S):
             view = await self._controller.wait_for_change(known, POLL_TIMEOUT_S)
         if view is not None:
-            self._service.adopt(view)
-            self._has_news.set()
+            self.adopt(view)
 
     async def _load(self) -> None:
         await self._follow_versions()
@@ -124,6 +128,7 @@ class Follower:
         tally = self._service.tally
         if tally is not None:
             tally.refusal = self._service.versions.refusal(self._service.view)
+            tally.shadow = self._service.shadow.counts(tally.rollout_id)
             report = tally.report(self._clock())
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 tally.acknowledge(await self._controller.report(report))

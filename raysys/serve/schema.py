@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from raysys.ledger.records import RolloutPhase
 from raysys.partitions.schema import Surface
 
 MAX_CANDIDATES = 1000
@@ -33,6 +34,7 @@ MAX_FILTER_VALUES = 100
 MAX_EXCLUDED = 1000
 MAX_ID_CHARS = 256
 MAX_QUERY_CHARS = 1000
+MAX_REASON_CHARS = 500
 DEFAULT_K = 10
 """Items of an answer to `search` and `recommend`, where the caller names no candidates."""
 MAX_SHOWN = 5
@@ -324,12 +326,37 @@ class RolloutAnswer(BaseModel):
     sequence: int
     """Ledger record that this state is at least as new as."""
     rollout_id: str | None
+    phase: RolloutPhase | None
+    """null if there never was a rollout."""
+    step_index: int | None
+    """The step of the plan that a canary on trial is at, from 0."""
     stable: str | None
     canary: str | None
     previous: str | None
     weight_fraction: float
     measurement: dict[str, Any] | None
     """The controller's newest look at the canary; null without one, or while it is away."""
+
+
+class SteerRequest(_Strict):
+    """Why the rollout is steered; the body may be left out."""
+
+    reason: (
+        Annotated[
+            str, StringConstraints(min_length=1, max_length=MAX_REASON_CHARS, pattern=_NOT_BLANK)
+        ]
+        | None
+    ) = None
+    """Recorded in the ledger."""
+
+
+class StartRequest(_Strict):
+    """The version to put on trial beside stable."""
+
+    version: Id
+    """A committed version."""
+    weight: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    """Share of users that it answers first. Default: that of the plan in the config's `rollout`."""
 
 
 class HealthAnswer(BaseModel):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from raysys.config import RolloutConfig
+from raysys.config import RolloutConfig, ShadowConfig
 from raysys.partitions.schema import Surface
 from raysys.rollout.counters import Arm
 from raysys.rollout.view import RolloutView
@@ -28,8 +28,13 @@ from raysys.serve.checks import check_candidates, check_filters, check_found
 from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
 from raysys.serve.keys import Keys
-from raysys.serve.metrics import Metrics, Outcome
-from raysys.serve.ranker import InvalidScoresError, ResidentVersions, ScoresError, Servable
+from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
+from raysys.serve.ranker import (
+    InvalidScoresError,
+    ResidentVersions,
+    ScoresError,
+    Servable,
+)
 from raysys.serve.request_id import RequestTag, new_nonce
 from raysys.serve.router import analysis_bucket, assign
 from raysys.serve.schema import (
@@ -45,6 +50,8 @@ from raysys.serve.schema import (
     VersionsAnswer,
     name_some,
 )
+from raysys.serve.shadow import Outcome as ShadowOutcome
+from raysys.serve.shadow import Ranked, Shadow, ShadowRequest
 from raysys.serve.shelf import Shelves
 from raysys.serve.tally import Tally
 
@@ -70,6 +77,8 @@ class _Choice:
     is_counted: bool = False
     outcome: Outcome = "ok"
     """If all goes well."""
+    propensity: float = 1.0
+    """Probability that the split chooses so."""
 
 
 class RankService:
@@ -85,6 +94,8 @@ class RankService:
         impressions: EventWriter,
         feedback: EventWriter,
         metrics: Metrics,
+        sample_fraction: float = 1.0,
+        shadow: ShadowConfig | None = None,
         shelves: Shelves,
         reserve: float = 0.0,
         max_ts_age_s: float = math.inf,
@@ -100,6 +111,8 @@ class RankService:
         self._impressions = impressions
         self._feedback = feedback
         self._metrics = metrics
+        self._sample_fraction = sample_fraction
+        self.shadow = Shadow(shadow or ShadowConfig(), self._report_shadow)
         self._shelves = shelves
         self._reserve = reserve
         self._max_ts_age_s = max_ts_age_s
@@ -127,7 +140,12 @@ class RankService:
         self._metrics.state(
             weight_fraction=self.view.weight_fraction,
             resident=[version.name for version in self.versions.all()],
+            failing=self.versions.failures(),
         )
+
+    def report_rejection(self, endpoint: str) -> None:
+        """Tells the metrics of a request that found no room."""
+        self._metrics.rejected(endpoint)
 
     async def rank(self, request: RankRequest, forced_version: str | None = None) -> bytes:
         """Ranks the caller's candidates; returns a `RankAnswer` as JSON.
@@ -191,6 +209,8 @@ class RankService:
             rollout_id=self.view.analysis_id if choice.is_counted else None,
             arm=choice.arm,
             bucket=analysis_bucket(sticky),
+            propensity=choice.propensity,
+            sample_fraction=self._sample_fraction,
         )
         task = Task(
             selection=selection,
@@ -208,20 +228,29 @@ class RankService:
             _logger.exception("a request failed")
             self._count(tag, "failed", started)
             raise ApiError(500, f"{error}; the replica's log has the cause") from error
-        tag = dataclasses.replace(tag, version=ranking.version)
-        request_id = key.request_ids.sign(tag)
-        self._impressions.add(
-            Impressions(
-                tag=tag,
-                request_id=request_id,
-                item_ids=ranking.item_ids,
-                ts=task.when,
-                query=query,
-                user_key_id=key.key_id,
-            )
+        tag = dataclasses.replace(
+            tag,
+            version=ranking.version,
+            num_shown=len(ranking.item_ids),
+            propensity=None if outcome in FELL_BACK else choice.propensity,
         )
+        request_id = key.request_ids.sign(tag)
+        if tag.is_kept:
+            self._impressions.add(
+                Impressions(
+                    tag=tag,
+                    request_id=request_id,
+                    item_ids=ranking.item_ids,
+                    ts=task.when,
+                    query=query,
+                    user_key_id=key.key_id,
+                )
+            )
         answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
         self._count(tag, outcome, started)
+        self._metrics.shown(version=tag.version, surface=surface, num_items=tag.num_shown)
+        if self.shadow.draws(nonce):
+            self._offer_to_shadow(task)
         return answer
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackAnswer:
@@ -249,6 +278,7 @@ class RankService:
             raise ApiError(
                 422, "user_id: is not the user of the request; leave it out, or send that user's"
             )
+        _check_ranks(request, tag.num_shown)
         rows = feedback_rows(tag, request, now=self._clock(), user_key_id=key.key_id)
         try:
             await self._feedback.write(rows)
@@ -259,7 +289,8 @@ class RankService:
         if self.tally is not None and counts and not signed.is_outdated:
             for event in request.events:
                 self.tally.converted(tag, event.event_type, event.rank)
-        self._metrics.feedback(version=tag.version, surface=tag.surface, num_events=len(rows))
+        kinds = [event.event_type for event in request.events]
+        self._metrics.feedback(version=tag.version, surface=tag.surface, kinds=kinds)
         return FeedbackAnswer(accepted=len(rows))
 
     def _check_ts(self, ts: float | None, now: float) -> None:
@@ -312,9 +343,12 @@ class RankService:
             return _Choice(version=stable, arm=arm, outcome=outcome)
         # Neither side counts before both can answer: they are compared over the same time.
         is_counted = stable.name == view.stable
+        weight = view.weight_fraction
         if arm == "stable":
-            return _Choice(version=stable, is_counted=is_counted)
-        return _Choice(version=canary, fallback=stable, arm=arm, is_counted=is_counted)
+            return _Choice(version=stable, is_counted=is_counted, propensity=1 - weight)
+        return _Choice(
+            version=canary, fallback=stable, arm=arm, is_counted=is_counted, propensity=weight
+        )
 
     def _forced(self, name: str) -> _Choice:
         version = self.versions.get(name)
@@ -338,24 +372,12 @@ class RankService:
             return await self._rank_with(choice.fallback, task), outcome
 
     async def _rank_with(self, version: Servable, task: Task) -> Ranking:
-        def check(chosen: Chosen) -> None:
-            check_candidates(chosen, version, self.versions, self.view)
-
-        def ranked() -> Ranking:
-            history = (
-                # Its histories may be of an earlier key than the current one, or of a later.
-                version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
-                if task.history is None
-                else version.history_of(task.history, task.when)
-            )
-            shelf = self._shelves.of(version)
-            return rank_with(version, shelf, task, history, check)
-
         try:
             if task.query and not version.knows_query(task.query):
-                ranking = await asyncio.to_thread(ranked)  # the text encoder takes its time
+                # The text encoder takes its time.
+                ranking = await asyncio.to_thread(self._ranked, version, task)
             else:
-                ranking = ranked()
+                ranking = self._ranked(version, task)
             if not isinstance(task.selection, Given):
                 check_found(ranking.item_ids, version, self.versions, self.view)
         except (ScoresError, ApiError):
@@ -363,6 +385,42 @@ class RankService:
         except Exception as error:
             raise ScoresError(f"version {version.name} could not score the request") from error
         return ranking
+
+    def _ranked(self, version: Servable, task: Task) -> Ranking:
+        def check(chosen: Chosen) -> None:
+            check_candidates(chosen, version, self.versions, self.view)
+
+        history = (
+            # Its histories may be of an earlier key than the current one, or of a later.
+            version.history(self._keys.of(version.user_key_id).chain.pseudonym(task.user))
+            if task.history is None
+            else version.history_of(task.history, task.when)
+        )
+        shelf = self._shelves.of(version)
+        return rank_with(version, shelf, task, history, check)
+
+    def _offer_to_shadow(self, task: Task) -> None:
+        stable, canary = (self.versions.get(name) for name in (self.view.stable, self.view.canary))
+        if stable is None or canary is None or self.view.analysis_id is None:
+            return
+        # All candidates are compared; what was found by search is what would be shown.
+        k = None if isinstance(task.selection, Given) else task.k
+        whole = dataclasses.replace(task, k=k, explain=False)
+
+        def rank(version: Servable) -> Ranked:
+            ranking = self._ranked(version, whole)
+            worth = ranking.expected_values
+            return Ranked(ranking.item_ids, ranking.scores if worth is None else worth)
+
+        self.shadow.offer(
+            ShadowRequest(
+                analysis_id=self.view.analysis_id, stable=stable, canary=canary, rank=rank
+            )
+        )
+
+    def _report_shadow(self, request: ShadowRequest, outcome: ShadowOutcome) -> None:
+        counts = self.shadow.counts(request.analysis_id)
+        self._metrics.shadowed(version=request.canary.name, outcome=outcome, counts=counts)
 
     def _count(self, tag: RequestTag, outcome: Outcome, started: float) -> None:
         latency_ms = (time.perf_counter() - started) * 1000
@@ -379,3 +437,14 @@ class RankService:
         self._metrics.ranked(
             version=tag.version, surface=tag.surface, outcome=outcome, latency_ms=latency_ms
         )
+
+
+def _check_ranks(request: FeedbackRequest, num_shown: int) -> None:
+    """Refuses places that the answer does not have, which would count for or against a version."""
+    for number, event in enumerate(request.events):
+        if event.rank is not None and event.rank > num_shown:
+            raise ApiError(
+                422,
+                f"events.{number}.rank: {event.rank} is beyond the {num_shown} items of "
+                "the answer; send the item's rank in it",
+            )

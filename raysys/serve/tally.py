@@ -25,6 +25,7 @@ from raysys.rollout.counters import (
     place,
 )
 from raysys.rollout.reports import Conversion, ReplicaReport
+from raysys.rollout.shadow import ShadowCounts
 from raysys.serve.request_id import RequestTag
 
 MAX_CONVERSIONS = 1_000_000
@@ -44,6 +45,8 @@ class Tally:
         self.rollout_id = rollout_id
         self.refusal: str | None = None
         """Why the canary did not pass its check."""
+        self.shadow = ShadowCounts()
+        """What shadow scoring found."""
         self._replica_id = replica_id
         self._delay_s = config.feedback_delay_s
         # Requests of one slot mature together: their number, not that of requests, bounds memory.
@@ -104,6 +107,7 @@ class Tally:
             conversions=tuple(self._conversions[self._num_acknowledged :]),
             first_conversion=self._num_acknowledged,
             refusal=self.refusal,
+            shadow=self.shadow,
         )
 
     def acknowledge(self, num_held: int) -> None:

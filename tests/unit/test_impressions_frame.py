@@ -59,6 +59,7 @@ def test_each_item_of_each_answer_is_a_row_in_its_place() -> None:
         "price": None,
         "quantity": None,
         "propensity": None,
+        "sample_fraction": 1.0,
     }
 
 

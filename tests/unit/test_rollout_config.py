@@ -131,3 +131,24 @@ def test_a_webhook_that_is_none_is_refused_without_showing_it(url: str) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.webhook_url: expected http") as caught:
         parsed(webhook_url=url)
     assert "T0K3N" not in str(caught.value)
+
+
+def test_a_rollout_may_begin_with_a_look_in_the_shadow() -> None:
+    pause, analysis = Step(pause=Pause()), Step(analysis=Analysis())
+    ahead = (Step(set_weight=0.0), pause, Step(set_weight=0.1), analysis)
+    assert RolloutConfig(steps=ahead).plan[0].set_weight == 0
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param((Step(set_weight=0.0), Step(analysis=Analysis())), id="nothing to judge"),
+        pytest.param(
+            (Step(set_weight=0.1), Step(pause=Pause()), Step(set_weight=0.0), Step(pause=Pause())),
+            id="back to 0",
+        ),
+    ],
+)
+def test_no_other_weight_is_0(steps: tuple[Step, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"set_weight: expected a fraction in \(0, 1\)"):
+        RolloutConfig(steps=steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 from collections.abc import Awaitable, Callable
 
@@ -14,6 +15,7 @@ from raysys.serve.feedback import EventWriter, Row, feedback_rows
 from raysys.serve.request_id import RequestIds, RequestTag
 from raysys.serve.schema import FeedbackRequest
 from raysys.storage import Root
+from tests.fakes import FakeMetrics
 
 TAG = RequestTag(
     nonce="00ff00ff00ff00ff",
@@ -89,7 +91,7 @@ def test_closing_writes_what_waits(local_root: Root) -> None:
 def test_an_outage_fails_feedback_and_keeps_impressions(
     local_root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = EventWriter(local_root, "events", interval_s=0.01)
+    writer = EventWriter(local_root, "feedback", interval_s=0.01)
 
     def unavailable(path: str, data: bytes) -> None:
         raise StorageUnavailableError("no answer in 5 s")
@@ -109,9 +111,9 @@ def test_an_outage_fails_feedback_and_keeps_impressions(
 def test_impressions_beyond_the_bound_are_dropped_oldest_first_and_counted(
     local_root: Root,
 ) -> None:
-    dropped: list[int] = []
+    metrics = FakeMetrics()
     writer = EventWriter(
-        local_root, "impressions", interval_s=0.01, on_drop=dropped.append, max_waiting_rows=3
+        local_root, "impressions", interval_s=0.01, metrics=metrics, max_waiting_rows=3
     )
 
     async def scenario() -> None:
@@ -119,7 +121,8 @@ def test_impressions_beyond_the_bound_are_dropped_oldest_first_and_counted(
         writer.add(rows("c", "d", "e"))
 
     run(writer, scenario)
-    assert (stored(local_root), dropped) == (["c", "d", "e"], [2])
+    assert (stored(local_root), metrics.num_dropped) == (["c", "d", "e"], 2)
+    assert metrics.num_written == 3
 
 
 def test_a_caller_that_went_away_does_not_hold_up_the_others(local_root: Root) -> None:
@@ -140,7 +143,7 @@ def test_the_same_event_sent_again_has_the_same_id() -> None:
     assert first["event_id"] == again["event_id"] != other["event_id"]
 
 
-@pytest.mark.parametrize("place", range(9))
+@pytest.mark.parametrize("place", range(12))
 def test_changing_any_part_of_a_request_id_breaks_it(place: int) -> None:
     ids = RequestIds(b"0123456789abcdef")
     fields = ids.sign(TAG).split(".")
@@ -157,3 +160,21 @@ def test_what_was_never_a_request_id_reads_as_none(request_id: str) -> None:
 def test_another_key_does_not_read_it() -> None:
     signed = RequestIds(b"0123456789abcdef").sign(TAG)
     assert RequestIds(b"another key 0123").read(signed) is None
+
+
+def test_feedback_says_that_not_all_impressions_are_kept() -> None:
+    tag = dataclasses.replace(TAG, sample_fraction=0.3, propensity=0.2, num_shown=2)
+    event = {"event_type": "click", "item_id": "a", "rank": 2}
+    feedback = FeedbackRequest.model_validate({"request_id": "r", "events": [event]})
+    (row,) = feedback_rows(tag, feedback, now=0.0, user_key_id="12345678")
+    assert (row["sample_fraction"], row["propensity"], row["position"]) == (0.3, 0.2, 2)
+
+
+@pytest.mark.parametrize("propensity", [None, 0.0, 0.0001, 0.2, 1 / 3, 1.0])
+def test_a_request_id_carries_shares_to_six_digits(propensity: float | None) -> None:
+    ids = RequestIds(b"0123456789abcdef")
+    tag = dataclasses.replace(TAG, propensity=propensity, sample_fraction=1 / 7, num_shown=1000)
+    read = ids.read(ids.sign(tag))
+    assert read is not None and read.num_shown == 1000
+    assert read.propensity == pytest.approx(propensity, abs=1e-6)
+    assert read.sample_fraction == pytest.approx(1 / 7, abs=1e-6)

@@ -56,7 +56,11 @@ NUM_CONNECTIONS = 16
 START_TIMEOUT_S = 180.0
 ACTOR = "benchmark"
 NEVER_DECIDES = "rollout:\n  weight_fraction: 0.5\n  min_requests: 1000000000\n"
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
 
 
 class Arm:
@@ -273,10 +277,10 @@ def wait_for(arm: Arm, check: Any, timeout_s: float = 60.0) -> None:
 
 
 @contextlib.contextmanager
-def served(shop: Shop, mode: dict[str, str]) -> Iterator[Arm]:
+def served(shop: Shop, mode: dict[str, str], num_replicas: int = 1) -> Iterator[Arm]:
     """The shop's application on one Ray session."""
     port = free_port()
-    script = [str(FOLDER / "serve_session.py"), str(shop.config), str(port)]
+    script = [str(FOLDER / "serve_session.py"), str(shop.config), str(port), str(num_replicas)]
     env = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -315,14 +319,16 @@ def started(script: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen
     try:
         yield process
     finally:
+        family = psutil.Process(process.pid).children(recursive=True)
         assert process.stdin is not None
         process.stdin.close()
         if "serve_session" not in script[0]:
             process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        # Ray ends what it started; what is left, such as HAProxy, would go on without it.
+        for left in psutil.wait_procs(family, timeout=20)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(20)
 
 
 def wait_for_port(port: int, process: subprocess.Popen[str]) -> None:

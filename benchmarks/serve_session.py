@@ -1,6 +1,6 @@
 """A Ray session of its own that serves a shop on loopback, until its standard input ends.
 
-    python serve_session.py CONFIG PORT     # prints one line when a version answers
+    python serve_session.py CONFIG PORT [NUM_REPLICAS]    # prints a line when a version answers
 
 Whether HAProxy or Ray's own proxy stands before the replica is decided by the environment, as in
 production: `RAY_SERVE_ENABLE_HA_PROXY`.
@@ -25,6 +25,7 @@ START_TIMEOUT_S = 120.0
 def main() -> None:
     """Serves the shop of a config."""
     config, port = sys.argv[1], int(sys.argv[2])
+    num_replicas = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
         log_to_driver=False, logging_level="error",
@@ -34,11 +35,11 @@ def main() -> None:
         # The shop's requests are of 2017.
         args = RankerArgs(config=config, max_ts_age_s=1e9)
         controller = RolloutController.bind(config)
-        serve.run(Ranker.bind(args, controller), name="raysys", route_prefix="/")
+        ranker = Ranker.options(num_replicas=num_replicas).bind(args, controller)
+        serve.run(ranker, name="raysys", route_prefix="/")
         _wait(f"http://127.0.0.1:{port}/v1/readyz")
         print("ready", flush=True)
         sys.stdin.read()
-        serve.shutdown()
     finally:
         ray.shutdown()
 

@@ -16,10 +16,16 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysys.config import RolloutConfig
 from raysys.rollout.analysis import judge
-from raysys.rollout.counters import NUM_BUCKETS, SURFACES, VersionCounters
+from raysys.rollout.counters import (
+    LATENCY_BOUNDARIES_MS,
+    NUM_BUCKETS,
+    SURFACES,
+    VersionCounters,
+)
 
 CONFIG = RolloutConfig(min_requests=500, max_ctr_drop=0.015, max_conversion_drop=0.01)
 """Of 10 points of CTR, a loss of 1.5 is tolerated, of 2 is not: that is the 20 % to be caught."""
@@ -37,6 +43,12 @@ class Shop:
     """The canary's click rate over stable's."""
     purchases_per_click: float = 0.2
     bad_rate: float = 0.005
+    bad_factor: float = 1.0
+    """The canary's bad rate over stable's."""
+    median_latency_ms: float = 0.0
+    """Lognormal, with a p99 of three times the median. 0 counts no latencies."""
+    latency_factor: float = 1.0
+    """The canary's latency over stable's."""
     weight_fraction: float = 0.2
     num_users: int = 20_000
     requests_per_look: int = 1000
@@ -59,7 +71,8 @@ def looks(rng: np.random.Generator, shop: Shop) -> Iterator[Look]:
         users = np.repeat(chosen, shop.session_length)
         clicked = rng.random(len(users)) < habit[users]
         bought = clicked & (rng.random(len(users)) < shop.purchases_per_click)
-        bad = rng.random(len(users)) < shop.bad_rate
+        badness = np.where(on_canary[users], shop.bad_factor, 1.0)
+        bad = rng.random(len(users)) < shop.bad_rate * badness
         for arm, sums in arms.items():
             mine = on_canary[users] == arm
             at = surface[users[mine]], bucket[users[mine]]
@@ -68,7 +81,25 @@ def looks(rng: np.random.Generator, shop: Shop) -> Iterator[Look]:
             np.add.at(sums.num_bad, at, bad[mine])
             np.add.at(sums.num_clicked, at, clicked[mine])
             np.add.at(sums.num_converted, at, bought[mine])
+        if shop.median_latency_ms:
+            _add_latencies(rng, shop, users, on_canary, bucket, arms)
         yield arms[True].copy(), arms[False].copy()
+
+
+def _add_latencies(
+    rng: np.random.Generator,
+    shop: Shop,
+    users: NDArray[np.int64],
+    on_canary: NDArray[np.bool_],
+    bucket: NDArray[np.int64],
+    arms: dict[bool, VersionCounters],
+) -> None:
+    latency_ms = shop.median_latency_ms * rng.lognormal(0.0, 0.47, len(users))
+    latency_ms *= np.where(on_canary[users], shop.latency_factor, 1.0)
+    bins = np.searchsorted(LATENCY_BOUNDARIES_MS, latency_ms)
+    for arm, sums in arms.items():
+        mine = on_canary[users] == arm
+        np.add.at(sums.num_by_latency, (bucket[users[mine]], bins[mine]), 1)
 
 
 def by_judge(look: Look) -> str:

@@ -350,7 +350,7 @@ class TestSearch:
     def test_an_answer_that_says_a_value_back_is_found(
         self, local_root: Root, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("raysys.serve.schema._got", lambda error: f", got {error['input']}")
+        monkeypatch.setattr("raysys.serve.refusals._got", lambda error: f", got {error['input']}")
         with FakeReplica(local_root, {}).client() as client:
             response = client.post("/v1/rank", json=BAD_REQUESTS["user too long"][1])
         assert RAW_ID_MARK in response.text

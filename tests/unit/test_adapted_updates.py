@@ -332,8 +332,9 @@ def test_the_comparison_notices_rows_that_are_not_their_users(
 def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_model_scores(
     tiny_encoder: str, world: None, kind: str, targets: str
 ) -> None:
-    # Steps so long that the embeddings become others.
-    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]}, learning_rate=10.0)
+    # Steps so long that embeddings become others. Much longer ones make weights of a hundred, and
+    # attention so steep that the cache's half precision decides which token it falls on.
+    update = job(tiny_encoder, {**KINDS[kind], **TARGETS[targets]}, learning_rate=0.3)
     trained = train(update, query="w3 w4")
     assert trained.peft_model is not None
     # A head that took such steps turns the cache's half precision into tenths of a score.
@@ -348,9 +349,9 @@ def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_m
     without.encoder = torch_encoder(without.manifest, update.adapted_weights or {})
     found, expected, other = (_scores(v) for v in (served, by_peft, without))
     changed = abs(other - expected).max()
-    assert changed > 0.1, "the version before scores otherwise"
-    # The cache's half precision, made larger by steep embeddings: 5 % in the worst of 120 runs.
-    assert abs(found - expected).max() < 0.2 * changed
+    assert changed > 0.01, "the version before scores otherwise"
+    # The cache's half precision: 1.5 % in the worst of 200 runs.
+    assert abs(found - expected).max() < 0.1 * changed
 
 
 @torch.no_grad()

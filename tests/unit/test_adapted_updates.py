@@ -349,9 +349,9 @@ def test_a_version_with_other_targets_than_the_one_before_serves_what_the_peft_m
     without.encoder = torch_encoder(without.manifest, update.adapted_weights or {})
     found, expected, other = (_scores(v) for v in (served, by_peft, without))
     changed = abs(other - expected).max()
-    assert changed > 0.01, "the version before scores otherwise"
-    # The cache's half precision: 1.5 % in the worst of 200 runs.
-    assert abs(found - expected).max() < 0.1 * changed
+    assert changed > 0.002, "the version before scores otherwise"
+    # The cache's half precision: 3 % in the worst of 340 runs. Other matrices would make it 100 %.
+    assert abs(found - expected).max() < 0.25 * changed
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,12 +174,20 @@ class _Held(Checkpoints):
         return self._held
 
 
+_ONE_GROUP = threading.Lock()
+
+
 @contextmanager
 def _group_of_one() -> Iterator[None]:
-    """The group that the loop needs, of this process alone."""
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+    """The group that the loop needs, of this process alone.
+
+    A process has one group. Where Ray Tune stops a trial and starts another in its process, the
+    first one's thread may still be at its last block: it is waited for.
+    """
+    with _ONE_GROUP:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()

@@ -171,7 +171,10 @@ def _failing_all(trials: Trials, values: Mapping[str, object], vault: VaultActor
     try:
         yield
     except Exception as error:
-        reason = f"{error}" if isinstance(error, RaysysError) else type(error).__name__
+        kind = type(error).__name__
+        reason = f"{error}" if isinstance(error, RaysysError) else kind
+        if trials.selection is None and reason == kind:
+            reason = " ".join(f"{kind}: {error}".split())
         ray.get(vault.fail.remote(values, reason))
         # Ray Tune writes down and prints what a trial raises; under privacy it learns from the
         # vault that it is over.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import threading
+import time
 import unittest.mock
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from raysys.config import EvaluateConfig, parse_config
 from raysys.errors import PrivacyError
@@ -333,3 +336,27 @@ def _ndcg(case: holdout.Case, weights: Weights) -> float:
     shared = holdout.features(case.history, ITEMS, everything, now=case.now)
     scores = holdout._score_all(case, tiny_shop.text_of_item(), weights, shared)
     return ranking_metrics(scores, case.positives, case.gains)[0]
+
+
+def test_two_trials_of_one_process_take_turns_at_its_group() -> None:
+    """Ray Tune may start a trial beside the last block of one that it has stopped."""
+    at_once, most = [0], [0]
+
+    def block() -> None:
+        for _ in range(5):
+            with trial._group_of_one():
+                at_once[0] += 1
+                most[0] = max(most[0], at_once[0])
+                time.sleep(0.002)
+                at_once[0] -= 1
+
+    threads = [threading.Thread(target=block) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [1] and not torch.distributed.is_initialized()
+    with trial._group_of_one(), pytest.raises(ValueError, match="twice"):
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )

@@ -10,14 +10,12 @@ step changes neither the clip nor the noise, which unit tests hold.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from raysys.config import Config
 from raysys.config.checks import require
@@ -49,6 +47,7 @@ from raysys.privacy.calibrate import noise_multiplier_of
 from raysys.privacy.plan import PrivacyPlan
 from raysys.storage import Root
 from raysys.train.canaries import Canaries
+from raysys.train.group import group_of_one
 from raysys.train.loop import TrainJob, train_on_shards
 
 NUM_CANARIES = 1000
@@ -199,7 +198,7 @@ def _train(config: Config, plan: PrivacyPlan, texts: list[str], canaries: Canari
     )
     # Canaries come last: `Canaries` knows its users by their index.
     shards = [made_up_users(n, texts, config) for n in (_num_others(config), canaries.num_users)]
-    with _group_of_one():
+    with group_of_one():
         train_on_shards(
             job, shards, activations.select(texts), num_workers=1, on_step=lambda step: None,
             probe=canaries,
@@ -288,17 +287,3 @@ def _public_texts(config: Config) -> list[str]:
     rows, _, _ = read_items(root, files[:1])
     found = [text for text in dict.fromkeys(item_texts(rows.head(_MAX_ITEMS))) if text]
     return found or [f"product {number} of category {number % 7}" for number in range(_MAX_ITEMS)]
-
-
-@contextlib.contextmanager
-def _group_of_one() -> Iterator[None]:
-    """The `torch.distributed` group that the engine's optimizer asks for."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from raysys.privacy.plan import PrivacyPlan
 from raysys.privacy.selection import noise_score
 from raysys.storage import Root
 from raysys.train.checkpoint import Checkpoint, Checkpoints
+from raysys.train.group import group_of_one
 from raysys.train.loop import Trained, TrainJob, train_on_shards
 from raysys.train.output import TrainOutput, read_output, require_reloads, write_output
 
@@ -144,7 +143,7 @@ def _train(
     held: _Held,
     until: int,
 ) -> Trained:
-    with _group_of_one():
+    with group_of_one():
         return train_on_shards(
             job,
             shards,
@@ -172,22 +171,3 @@ class _Held(Checkpoints):
     def load(self, num_steps: int) -> Checkpoint:
         assert self._held is not None and self._held.num_steps == num_steps
         return self._held
-
-
-_ONE_GROUP = threading.Lock()
-
-
-@contextmanager
-def _group_of_one() -> Iterator[None]:
-    """The group that the loop needs, of this process alone.
-
-    A process has one group. Where Ray Tune stops a trial and starts another in its process, the
-    first one's thread may still be at its last block: it is waited for.
-    """
-    with _ONE_GROUP:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()

@@ -33,6 +33,7 @@ from raysys.model.scorer import Head
 from raysys.storage import Root
 from raysys.train import trial
 from raysys.train.checkpoint import Checkpoint, Checkpoints
+from raysys.train.group import group_of_one
 from raysys.train.output import TrainOutput
 from raysys.train.trial import Look, Trials, run_trial
 from tests import tiny_shop
@@ -344,7 +345,7 @@ def test_two_trials_of_one_process_take_turns_at_its_group() -> None:
 
     def block() -> None:
         for _ in range(5):
-            with trial._group_of_one():
+            with group_of_one():
                 at_once[0] += 1
                 most[0] = max(most[0], at_once[0])
                 time.sleep(0.002)
@@ -356,7 +357,13 @@ def test_two_trials_of_one_process_take_turns_at_its_group() -> None:
     for thread in threads:
         thread.join(30)
     assert most == [1] and not torch.distributed.is_initialized()
-    with trial._group_of_one(), pytest.raises(ValueError, match="twice"):
+    with group_of_one(), pytest.raises(ValueError, match="twice"):
         torch.distributed.init_process_group(
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
+
+
+def test_a_group_that_is_open_is_used_and_left_open(world: None) -> None:
+    with group_of_one():
+        pass
+    assert torch.distributed.is_initialized()

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from raysys.config import load_config
 from raysys.ingest.pseudonym import Pseudonymizer
 from raysys.ledger.log import Log
-from raysys.registry.store import LoadedVersion, load_version
+from raysys.registry.loaded import LoadedVersion
+from raysys.registry.store import load_version
 from raysys.storage import Root
 
 

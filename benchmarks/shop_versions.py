@@ -33,7 +33,8 @@ from raysys.model.encoder_files import BUNDLED, BUNDLED_SHA256
 from raysys.model.scorer import Head
 from raysys.partitions.periods import Period
 from raysys.partitions.schema import ITEM_SCHEMA
-from raysys.registry.store import VersionWeights, publish, text_indexes
+from raysys.registry.loaded import VersionWeights
+from raysys.registry.store import publish, text_indexes
 from raysys.registry.version import Manifest
 from raysys.storage import Root
 from raysys.storage.parquet import to_parquet

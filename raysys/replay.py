@@ -40,8 +40,9 @@ from raysys.model.scorer import Head
 from raysys.partitions.discover import changed
 from raysys.partitions.layout import REPLAYS
 from raysys.privacy.plan import PrivacyPlan
+from raysys.registry.loaded import VersionWeights
 from raysys.registry.recipe import Recipe, installed_libraries
-from raysys.registry.store import VersionWeights, load_weights, read_checked, text_indexes
+from raysys.registry.store import load_weights, read_checked, text_indexes
 from raysys.storage import Root
 from raysys.train.loop import TrainJob
 from raysys.train.output import TrainOutput

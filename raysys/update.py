@@ -44,8 +44,9 @@ from raysys.privacy.budget import spent_epsilon
 from raysys.privacy.kept import keep
 from raysys.privacy.plan import PrivacyPlan
 from raysys.privacy.statement import build_statement
+from raysys.registry.loaded import VersionWeights
 from raysys.registry.recipe import Recipe
-from raysys.registry.store import VersionWeights, hash_state, load_weights, publish, text_indexes
+from raysys.registry.store import hash_state, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest
 from raysys.reserve import Planner, check_catalogue, planned_spend, reserve
 from raysys.storage import Root

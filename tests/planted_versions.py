@@ -11,7 +11,8 @@ import numpy as np
 
 from raysys.errors import StorageUnavailableError
 from raysys.ledger.records import UpdateCommitted
-from raysys.registry.store import LoadedVersion, load_version
+from raysys.registry.loaded import LoadedVersion
+from raysys.registry.store import load_version
 from raysys.storage import Root
 
 

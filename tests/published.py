@@ -16,11 +16,8 @@ from raysys.ingest.stats import save_item_state
 from raysys.ledger.records import UpdateCommitted
 from raysys.model.encoder import TextEncoder
 from raysys.model.encoder_files import weights_sha256
-from raysys.registry.store import (
-    VersionWeights,
-    publish,
-    text_indexes,
-)
+from raysys.registry.loaded import VersionWeights
+from raysys.registry.store import publish, text_indexes
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
 from tests import tiny_shop

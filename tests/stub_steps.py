@@ -29,7 +29,8 @@ from raysys.model.scorer import Head
 from raysys.model.targets import Cut
 from raysys.partitions.layout import quarantine, staging, state_folder
 from raysys.privacy import budget
-from raysys.registry.store import VersionWeights, hash_files, hash_state
+from raysys.registry.loaded import VersionWeights
+from raysys.registry.store import hash_files, hash_state
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
 from raysys.train.blocks import charged

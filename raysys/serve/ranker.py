@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Servable(Protocol):
-    """What a replica needs of a version; `registry.store.LoadedVersion` is one."""
+    """What a replica needs of a version; `registry.loaded.LoadedVersion` is one."""
 
     name: str
     items: ItemTable

@@ -26,7 +26,8 @@ from raysys.model.ranker import HeadModule, RankerModule
 from raysys.model.scorer import NUM_INPUTS
 from raysys.model.tower import build_tower
 from raysys.registry.encoders import torch_encoder
-from raysys.registry.store import LoadedVersion, VersionWeights, text_indexes
+from raysys.registry.loaded import LoadedVersion, VersionWeights
+from raysys.registry.store import text_indexes
 from raysys.registry.version import Manifest
 from raysys.storage import Root
 from raysys.train import output

@@ -26,13 +26,8 @@ from raysys.model.encoder import TextEncoder
 from raysys.model.encoder_files import weights_sha256
 from raysys.model.scorer import head_inputs, pool_history
 from raysys.registry.encoders import Encoders, torch_encoder
-from raysys.registry.store import (
-    VersionWeights,
-    load_version,
-    load_weights,
-    publish,
-    text_indexes,
-)
+from raysys.registry.loaded import VersionWeights
+from raysys.registry.store import load_version, load_weights, publish, text_indexes
 from raysys.registry.version import Manifest, version_path
 from raysys.storage import Root
 from tests import tiny_shop

@@ -15,8 +15,9 @@ from raysys.config import load_config
 from raysys.errors import ArtifactError, ReplayMismatchError, UnknownVersionError
 from raysys.ledger.log import Log
 from raysys.model.scorer import Head
+from raysys.registry.loaded import VersionWeights
 from raysys.registry.recipe import Recipe
-from raysys.registry.store import VersionWeights, hash_state
+from raysys.registry.store import hash_state
 from raysys.storage import Root
 from tests.helpers import committed, write_config
 from tests.stub_steps import Steps

@@ -9,7 +9,7 @@ import pytest
 
 from raysys.config import RetrievalConfig
 from raysys.model.encoder import TextEncoder, weights_sha256
-from raysys.registry.store import LoadedVersion, VersionWeights
+from raysys.registry.loaded import LoadedVersion, VersionWeights
 from raysys.registry.version import Manifest
 from raysys.serve.answer import Task, rank_with
 from raysys.serve.candidates import Found, Given, Recommended

@@ -26,7 +26,7 @@ from raysys.serve.choice import Choice, choose, describe_versions, stable_of
 from raysys.serve.feedback import EventWriter, feedback_rows
 from raysys.serve.impressions import Impressions
 from raysys.serve.isolated import RemoteCanary, RemoteError, RemoteVersion
-from raysys.serve.keys import Keys
+from raysys.serve.keys import Key, Keys
 from raysys.serve.metrics import FELL_BACK, Metrics, Outcome
 from raysys.serve.ranker import (
     InvalidScoresError,
@@ -220,6 +220,16 @@ class RankService:
             propensity=None if outcome in FELL_BACK else choice.propensity,
         )
         request_id = key.request_ids.sign(tag)
+        self._keep_shown(tag, request_id, ranking, task, key)
+        answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
+        self._count(tag, outcome, started)
+        if self.shadow.draws(nonce):
+            self._offer_to_shadow(task)
+        return answer
+
+    def _keep_shown(
+        self, tag: RequestTag, request_id: str, ranking: Ranking, task: Task, key: Key
+    ) -> None:
         if tag.is_kept:
             self._impressions.add(
                 Impressions(
@@ -227,16 +237,11 @@ class RankService:
                     request_id=request_id,
                     item_ids=ranking.item_ids,
                     ts=task.when,
-                    query=query,
+                    query=task.query,
                     user_key_id=key.key_id,
                 )
             )
-        answer = render(ranking, request_id, names_unknown=isinstance(selection, Given))
-        self._count(tag, outcome, started)
-        self._metrics.shown(version=tag.version, surface=surface, num_items=tag.num_shown)
-        if self.shadow.draws(nonce):
-            self._offer_to_shadow(task)
-        return answer
+        self._metrics.shown(version=tag.version, surface=tag.surface, num_items=tag.num_shown)
 
     async def feedback(self, request: FeedbackRequest) -> FeedbackAnswer:
         """Stores what came of an answer; returns once that is durable.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -124,9 +125,9 @@ def eventually(check: Callable[[], bool], what: str, timeout_s: float = 60.0) ->
     return time.monotonic() - begun
 
 
-@pytest.fixture(scope="module")
-def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    shop = Shop(tmp_path_factory.mktemp("shop"))
+@contextlib.contextmanager
+def served(shop: Shop, load: Any, *, num_replicas: int = 1) -> Iterator[None]:
+    """Has real replicas serve a shop whose versions `load` makes, `STABLE` being the first."""
     shop.commit(STABLE)
     args = RankerArgs(
         config=str(shop.config),
@@ -137,11 +138,18 @@ def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     port = int(shop.url.rpartition(":")[2])
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     controller = RolloutController.bind(str(shop.config))  # type: ignore[attr-defined]
-    application = Ranker.bind(args, controller, load_fake)  # type: ignore[attr-defined]
-    serve.run(application, name="raysys", route_prefix="/")
+    ranker = Ranker.options(num_replicas=num_replicas)  # type: ignore[attr-defined]
+    serve.run(ranker.bind(args, controller, load), name="raysys", route_prefix="/")
     eventually(lambda: is_ready(shop), "never ready")
-    yield shop
+    yield
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    with served(shop, load_fake):
+        yield shop
 
 
 def is_ready(shop: Shop) -> bool:

@@ -15,12 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from ray import serve
 
-from raysys.rollout.controller import RolloutController
 from raysys.rollout.state import abort, promote, start
-from raysys.serve.app import Ranker, RankerArgs
-from tests.cluster.test_serve import Shop, eventually, is_ready, kill_controller
+from tests.cluster.test_serve import Shop, eventually, kill_controller, served
 from tests.faulty_versions import load_faulty
 from tests.helpers import write_config
 from tests.serve_load import Users, without_weight
@@ -62,21 +59,8 @@ class FaultyShop(Shop):
 @pytest.fixture(scope="module")
 def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyShop]:
     shop = FaultyShop(tmp_path_factory.mktemp("shop"))
-    shop.commit(STABLE)
-    args = RankerArgs(
-        config=str(shop.config),
-        max_ts_age_s=1e9,
-        feedback_interval_s=0.1,
-        impressions_interval_s=0.5,
-    )
-    port = int(shop.url.rpartition(":")[2])
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    controller = RolloutController.bind(str(shop.config))  # type: ignore[attr-defined]
-    ranker = Ranker.options(num_replicas=2)  # type: ignore[attr-defined]
-    serve.run(ranker.bind(args, controller, load_faulty), name="raysys", route_prefix="/")
-    eventually(lambda: is_ready(shop), "never ready")
-    yield shop
-    serve.shutdown()
+    with served(shop, load_faulty, num_replicas=2):
+        yield shop
 
 
 @pytest.fixture

@@ -126,9 +126,9 @@ def eventually(check: Callable[[], bool], what: str, timeout_s: float = 60.0) ->
 
 
 @contextlib.contextmanager
-def served(shop: Shop, load: Any, *, num_replicas: int = 1) -> Iterator[None]:
-    """Has real replicas serve a shop whose versions `load` makes, `STABLE` being the first."""
-    shop.commit(STABLE)
+def served(shop: Shop, load: Any, *, stable: str = STABLE, num_replicas: int = 1) -> Iterator[None]:
+    """Has real replicas serve a shop whose versions `load` makes, `stable` being the first."""
+    shop.commit(stable)
     args = RankerArgs(
         config=str(shop.config),
         max_ts_age_s=1e9,

@@ -59,7 +59,7 @@ class FaultyShop(Shop):
 @pytest.fixture(scope="module")
 def shop(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyShop]:
     shop = FaultyShop(tmp_path_factory.mktemp("shop"))
-    with served(shop, load_faulty, num_replicas=2):
+    with served(shop, load_faulty, stable=STABLE, num_replicas=2):
         yield shop
 
 
